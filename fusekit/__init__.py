@@ -1,0 +1,10 @@
+"""fusekit: kernel fusion and mixed precision for PyTorch training, with a certificate for every rewritten site."""
+
+try:
+    import fusekit.kernels  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "fusekit.kernels":
+        raise
+    raise ImportError("fusekit is not installed; from its folder run: pip install -e .") from error
+
+__version__ = "0.1.0"

@@ -1,0 +1,8 @@
+"""Fused ops. OPS is the registry: tests, benchmarks, `fusekit ops` and the docs are loops over it."""
+
+if __name__ != "fusekit.kernels":
+    raise ImportError("the folder kernels is the package fusekit.kernels: run `pip install -e .` and import that")
+
+from fusekit.kernels.op import Op
+
+OPS: dict[str, Op] = {}

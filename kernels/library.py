@@ -1,0 +1,81 @@
+"""Registration of ops under torch.ops.fusekit.
+
+`Library.define` + `impl` with a hand-written autograd.Function at the Autograd key costs 10-14 µs a forward call,
+against 16-18 for `torch.library.custom_op` (measured on a CPU, one thread).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels.launch import recording
+
+LIBRARY = torch.library.Library("fusekit", "DEF")
+
+
+def define(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    autograd: Callable[..., Any] | None = None,
+    autocast: str | None = None,
+    tags: tuple[torch.Tag, ...] = (),
+) -> Any:
+    """Register an op and return its overload.
+
+    Args:
+        schema: "name(Tensor x, ...) -> ..." without the namespace.
+        run: computes; branches on `on_gpu(x)`. Registered for both the CPU and the CUDA key.
+        fake: shapes, dtypes and strides only.
+        autograd: called in place of `run` when autograd is on; applies the autograd.Function. None for the inner
+            forward and backward ops, which nobody differentiates.
+        autocast: what ambient autocast does to a direct call: "lower" casts floating tensors to the autocast dtype,
+            "float32" casts them up, None leaves them.
+        tags: torch.Tag values for the schema.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=tags)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+
+    def fake_or_record(*args: Any, **kwargs: Any) -> Any:
+        return (run if recording() else fake)(*args, **kwargs)
+
+    torch.library.register_fake(f"fusekit::{name}", fake_or_record, lib=LIBRARY)
+    overload = getattr(torch.ops.fusekit, name).default
+    if autograd is not None:
+        LIBRARY.impl(name, autograd, "Autograd")
+    if autocast is not None:
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            LIBRARY.impl(name, _autocast_kernel(overload, device, key, autocast), key, with_keyset=True)
+    return overload
+
+
+def _autocast_kernel(overload: Any, device: str, key: str, policy: str) -> Callable[..., Any]:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(device)
+
+        def cast(value: Any) -> Any:
+            eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if eligible else value
+
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return overload(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return kernel
+
+
+def refuse_double_backward(name: str, grads: tuple[Tensor | None, ...]) -> None:
+    """Raise where somebody differentiates through a backward pass; call it first in every Function.backward."""
+    if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
+        raise RuntimeError(
+            f"fusekit: {name} has no second derivative. Leave it unfused where you need one: "
+            f"fusekit.optimize(model, fuse=[...]) without {name!r}, or FUSEKIT_DISABLE={name}"
+        )

@@ -1,0 +1,93 @@
+"""What travels through the pipeline: one captured graph, what was asked for, and what has been done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusekit.passes.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user asked of `optimize`, checked.
+
+    precision: "keep", "tf32", "fp16", "bf16".
+    fuse: names of the ops that may be used, None for all.
+    remainder: "auto", "eager", "inductor".
+    strict: raise where a matmul, attention or norm stays unfused.
+    keep_logits: False promises that only the loss is read.
+    """
+
+    precision: str = "keep"
+    fuse: frozenset[str] | None = None
+    remainder: str = "auto"
+    strict: bool = False
+    keep_logits: bool = True
+
+
+@dataclass(kw_only=True)
+class Fusion:
+    """One rewritten site.
+
+    site: stable name in its graph, "linear_act_3".
+    eager: GraphModule over the op's tensor inputs (in `node.meta["fusion_inputs"]` order) that computes what was
+        replaced, for verify, profit and reverting.
+    gains are ratios of eager time to fused time; None until estimated or measured.
+    """
+
+    site: str
+    op: str
+    rule: str
+    location: str
+    shapes: tuple[tuple[int | str, ...], ...]
+    dtype: str
+    implementation: str = ""
+    estimated_gain: float | None = None
+    measured_gain: float | None = None
+    bytes_saved: int = 0
+    flops: int = 0
+    eager: fx.GraphModule | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """One site that was looked at and left alone, and why."""
+
+    op: str
+    location: str
+    reason: str
+    rule: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputCast:
+    """Graph input `target` is input `source` of the captured graph cast to `dtype`, once per parameter version."""
+
+    source: int
+    target: int
+    dtype: torch.dtype
+
+
+@dataclass(kw_only=True)
+class Region:
+    """One captured graph on its way through the pipeline; passes change it in place."""
+
+    module: fx.GraphModule
+    settings: Settings
+    config: Config
+    index: int = 0
+    training: bool = True
+    disabled_sites: frozenset[str] = frozenset()
+    fusions: list[Fusion] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    input_casts: list[InputCast] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    run: Callable[..., Any] | None = None
+
+    def refuse(self, op: str, location: str, reason: str, rule: str = "") -> None:
+        self.refusals.append(Refusal(op=op, location=location, reason=reason, rule=rule))

@@ -1,0 +1,1 @@
+"""Rules: rows of data. RULES is every row, most nodes first."""
