@@ -34,9 +34,12 @@ class Settings:
 class Fusion:
     """One rewritten site.
 
-    site: stable name in its graph, "linear_act_3".
-    eager: GraphModule over the op's tensor inputs (in `node.meta["fusion_inputs"]` order) that computes what was
-        replaced, for verify, profit and reverting.
+    site: stable name in its graph, "linear_act_3"; the same whichever other sites are disabled.
+    eager: GraphModule with the signature and the results of the fused node, made of the nodes that were replaced.
+    inputs: one per placeholder of `eager`. The fused node's tensor arguments come first, in order, as None; then the
+        names of the graph inputs that the replaced nodes read beside them. A mask that was recognised as structure is
+        such a case: the fused op does not take it, `eager` computes it as the model did, so `verify` compares with
+        the mask the model had and a wrong recognition is caught.
     gains are ratios of eager time to fused time; None until estimated or measured.
     """
 
@@ -52,6 +55,7 @@ class Fusion:
     bytes_saved: int = 0
     flops: int = 0
     eager: fx.GraphModule | None = field(default=None, repr=False)
+    inputs: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
