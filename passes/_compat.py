@@ -1,0 +1,245 @@
+"""Every private torch function that capture needs, in one place, for torch 2.11 to 2.13.
+
+`self_test` runs once, before the first capture: a torch that has moved one of these away is named at the start,
+not in the middle of a user's step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.callback import callback_handler
+from torch._dynamo.exc import SkipFrame
+from torch._guards import TracingContext
+from torch._higher_order_ops.utils import reenter_make_fx
+from torch._higher_order_ops.wrap import TagActivationCheckpoint, tag_activation_checkpoint
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import (
+    _temp_remove_pre_dispatch_torch_function_mode,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "SkipFrame",
+    "TorchDispatchMode",
+    "autocast_key",
+    "backend_inputs",
+    "divide_checkpoint_kwargs",
+    "dynamo_settings",
+    "enter_autocast",
+    "exit_autocast",
+    "graph_break_counts",
+    "has_autocast_kernel",
+    "inductor",
+    "is_compiled",
+    "is_traceable_wrapper_subclass",
+    "make_pre_dispatch_graph",
+    "record_call",
+    "self_test",
+    "set_grad_enabled",
+    "source_name",
+    "tag_activation_checkpoint",
+    "trace_body",
+    "tracing_fake_mode",
+]
+
+Graph = fx.GraphModule
+
+enter_autocast = _enter_autocast
+exit_autocast = _exit_autocast
+set_grad_enabled = torch._C._set_grad_enabled
+
+
+def tracing_fake_mode() -> FakeTensorMode:
+    """The fake mode of the frame that Dynamo is compiling; its shape environment holds the frame's guards."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise RuntimeError("no Dynamo frame is being compiled here")
+    return context.fake_mode
+
+
+def backend_inputs(example_inputs: Sequence[Any]) -> list[Any]:
+    """The backend's example inputs as fakes of the tracing mode, with Dynamo's own size symbols.
+
+    Dynamo's `example_value` fakes belong to another mode and must not be mixed in.
+    """
+    mode, context = tracing_fake_mode(), TracingContext.get()
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            return value if value.fake_mode is mode else mode.from_tensor(value)
+        if not isinstance(value, Tensor):
+            return value  # sizes stay symbolic
+        symbols = context.tensor_to_context.get(value)
+        if symbols is None:
+            return mode.from_tensor(value, static_shapes=True, trace=True)
+        return mode.from_tensor(value, symbolic_context=symbols, source=symbols.tensor_source, trace=False)
+
+    return [fake(value) for value in example_inputs]
+
+
+def make_pre_dispatch_graph(run: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> Graph:
+    """Trace `run` over fakes above autograd: whole ATen ops, in-place ops in place, grad mode as nodes."""
+    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        with enable_python_dispatcher(), mode, fx.traceback.preserve_node_meta():
+            return make_fx(
+                run,
+                tracing_mode="real",
+                pre_dispatch=True,
+                _allow_non_fake_inputs=True,
+                _error_on_data_dependent_ops=False,
+            )(*inputs)
+    finally:
+        mode.allow_non_fake_inputs = allowed
+
+
+def trace_body(run: Callable[..., Any], args: Sequence[Any]) -> tuple[Graph, Any]:
+    """A checkpointed body inside a trace: its own graph and its fake outputs; the outer graph gets nothing."""
+    with disable_proxy_modes_tracing(), _temp_remove_pre_dispatch_torch_function_mode():
+        outputs = run(*args)
+    return reenter_make_fx(run)(*args), outputs
+
+
+def record_call(target: Callable[..., Any], args: tuple, kwargs: dict[str, Any], outputs: Any = None) -> Any:
+    """Put one opaque call into the graph being traced; submodules among `args` are registered on its root.
+
+    outputs: the fake results; computed by running `target` untraced when None.
+    """
+    tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+    if outputs is None:
+        with disable_proxy_modes_tracing(), _temp_remove_pre_dispatch_torch_function_mode():
+            outputs = target(*args, **kwargs)
+
+    def proxy(value: Any) -> Any:
+        if isinstance(value, torch.nn.Module):
+            if all(value is not known for known in tracer.root.modules()):
+                tracer.root.register_module(tracer.get_fresh_qualname("body_"), value)
+            return value
+        return tracer.unwrap_proxy(value)
+
+    recorded = torch.utils._pytree.tree_map(proxy, (args, kwargs))
+    call = tracer.create_proxy("call_function", target, *recorded)
+    return track_tensor_tree(outputs, call, constant=None, tracer=tracer)
+
+
+def divide_checkpoint_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of a checkpoint node: those of torch.utils.checkpoint, those of the body."""
+    return TagActivationCheckpoint.divide_kwargs(kwargs)
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where Dynamo got an input from, as Python: L['self']._modules['fc']._parameters['weight']."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def autocast_key(device_type: str) -> str:
+    return {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.get(device_type, f"Autocast{device_type.upper()}")
+
+
+@functools.cache
+def has_autocast_kernel(target: Any, device_type: str) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), autocast_key(device_type))
+
+
+def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph with Inductor; forward and backward, for the same inputs that Dynamo gave."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, list(inputs))  # type: ignore[return-value]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    return module._compiled_call_impl is not None
+
+
+def graph_break_counts() -> dict[str, int]:
+    """Dynamo's running count of graph breaks by reason, for the whole process."""
+    return dict(torch._dynamo.utils.counters["graph_break"])
+
+
+RECOMPILE_LIMIT = 64  # the default of 8 counts over all instances of a class: a ninth MLP would stay eager
+
+
+@contextlib.contextmanager
+def dynamo_settings() -> Iterator[None]:
+    """Dynamo's configuration while one of our frames is compiled, and only then.
+
+    specialize_float: attention scales and norm epsilons stay literals of the graph and do not become inputs.
+    warning_once: transformers' log-once calls are GPT-2's and gradient checkpointing's only graph break.
+    """
+    from torch._dynamo import config
+
+    settings: dict[str, Any] = {"specialize_float": True, "recompile_limit": RECOMPILE_LIMIT}
+    warning_once = getattr(logging.Logger, "warning_once", None)
+    if warning_once is not None:
+        settings["ignore_logging_functions"] = set(config.ignore_logging_functions) | {warning_once}
+    with config.patch(settings):
+        yield
+
+
+def on_compile(start: Callable[[Any], None], end: Callable[[Any], None]) -> Callable[[], None]:
+    """Call `start` before and `end` after each Dynamo compilation, ours or not; returns the undo."""
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+
+    def remove() -> None:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+
+    return remove
+
+
+class _FiveOps(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(self.linear(x) * 2.0 + x).sum()
+
+
+@functools.cache
+def self_test() -> str | None:
+    """Capture a five-op module the way fusekit captures. None, or the sentence that says what broke."""
+    seen: list[str] = []
+
+    def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        inputs = backend_inputs(example_inputs)
+        graph = make_pre_dispatch_graph(fx.Interpreter(module).run, inputs, tracing_fake_mode())
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        seen.extend(source_name(node) for node in module.graph.nodes if node.op == "placeholder")
+        return graph.forward
+
+    try:
+        module, x = _FiveOps(), torch.ones(1, 2, requires_grad=True)
+        torch.compile(module, backend=backend, dynamic=False)(x).backward()
+        wanted = ("aten.linear.default", "aten.gelu.default", "weight")
+        lost = [name for name in wanted if not any(name in text for text in seen)]
+        problem = f"the captured graph lacks {', '.join(lost)}" if lost else None
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    if problem is None:
+        return None
+    supported = "fusekit captures with torch 2.11 to 2.13"
+    return f"{supported}; torch {torch.__version__} failed the start-up test ({problem})"
