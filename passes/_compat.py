@@ -1,7 +1,7 @@
 """Every private torch function that capture needs, in one place, for torch 2.11 to 2.13.
 
-`self_test` runs once, before the first capture: a torch that has moved one of these away is named at the start,
-not in the middle of a user's step.
+`self_test` runs once, before the first capture: a torch that has moved one of these away is named then,
+and not in the middle of a step.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def make_pre_dispatch_graph(run: Callable[..., Any], inputs: Sequence[Any], mode
 
 
 def trace_body(run: Callable[..., Any], args: Sequence[Any]) -> tuple[Graph, Any]:
-    """A checkpointed body inside a trace: its own graph and its fake outputs; the outer graph gets nothing."""
+    """A checkpointed body inside a trace: its own graph and its fake outputs."""
     with disable_proxy_modes_tracing(), _temp_remove_pre_dispatch_torch_function_mode():
         outputs = run(*args)
     return reenter_make_fx(run)(*args), outputs
