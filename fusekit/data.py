@@ -1,4 +1,4 @@
-"""Text to batches: read, tokenise with byte-pair encoding, split, and hand out batches in a reproducible order."""
+"""Text to batches: read, tokenise (byte-pair encoding), split, and batch in a repeatable order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VALIDATION_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Token streams, 1-D int64. `digest` names the text and the vocabulary, so a resumed run can check them."""
+    """Token streams, 1-D int64. `digest` names text and vocabulary, so that a resumed run can check them."""
 
     train: Tensor
     validation: Tensor
@@ -41,7 +41,9 @@ def read_text(path: str | os.PathLike[str] | None) -> str:
         return python_documentation()
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; --data wants a text file, and without it CPython's documentation is used")
+        raise ValueError(
+            f"{path} does not exist; --data wants a text file, and without it CPython's documentation is used"
+        )
     if not path.is_file():
         raise ValueError(f"{path} is not a file; join the files of a folder into one text file first")
     try:
@@ -56,22 +58,26 @@ def read_text(path: str | os.PathLike[str] | None) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start} is {raw[error.start]:#04x}); convert it first, for instance "
-            f"with: iconv -f latin1 -t utf-8"
+            f"{path} is not UTF-8 text (byte {error.start} is {raw[error.start]:#04x}); convert it "
+            f"first, for instance with: iconv -f latin1 -t utf-8"
         ) from None
 
 
 def train_tokenizer(text: str, vocab: int, folder: Path) -> Any:
-    """A byte-level BPE tokenizer of at most `vocab` entries, kept in `folder` under a name made of its inputs.
+    """A byte-level BPE tokenizer of at most `vocab` entries, cached in `folder` by text and size.
 
     Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909.
     """
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise ValueError("training on text needs the tokenizers package: pip install 'fusekit-compiler[train]'") from None
+        raise ValueError(
+            "training on text needs the tokenizers package: pip install 'fusekit-compiler[train]'"
+        ) from None
     if vocab < 257:
-        raise ValueError(f"a byte-level vocabulary holds all 256 bytes and some merges: at least 257, got {vocab}")
+        raise ValueError(
+            f"a byte-level vocabulary holds all 256 bytes and some merges: at least 257, got {vocab}"
+        )
     cache = folder / f"tokenizer-{_digest(text, vocab)}.json"
     if cache.exists():
         try:
@@ -104,8 +110,8 @@ def load_corpus(path: str | os.PathLike[str] | None, *, vocab: int, context: int
     if len(tokens) - cut <= context:
         least = int((context + 1) / VALIDATION_SHARE) + 1
         raise ValueError(
-            f"{path or 'the text'} is too short: {len(tokens)} tokens, and a context of {context} needs about {least} "
-            f"so that the validation tenth holds one window; give more text or a smaller --context"
+            f"{path or 'the text'} is too short: {len(tokens)} tokens, and a context of {context} needs "
+            f"about {least} so that the validation tenth holds one window; give more text or a smaller --context"
         )
     return Corpus(train=tokens[:cut], validation=tokens[cut:], vocab=vocab, digest=_digest(text, vocab))
 
@@ -117,8 +123,8 @@ def _digest(text: str, vocab: int) -> str:
 class Batches:
     """Training batches: every epoch visits each window once, in an order drawn from (seed, epoch).
 
-    Windows do not overlap within an epoch; each epoch starts at another offset, so that the cuts move. Batch number
-    `position` is a pure function of the constructor's arguments, hence one integer is the whole state.
+    Windows do not overlap within an epoch; each epoch starts at another offset, so that the cuts move. Batch
+    number `position` is a function of the constructor's arguments alone: one integer is the whole state.
     """
 
     def __init__(self, tokens: Tensor, *, batch: int, context: int, seed: int = 0) -> None:
@@ -146,7 +152,9 @@ class Batches:
         return int(self._epoch[1][index])
 
 
-def validation_batches(tokens: Tensor, *, batch: int, context: int, limit: int) -> list[tuple[Tensor, Tensor]]:
+def validation_batches(
+    tokens: Tensor, *, batch: int, context: int, limit: int
+) -> list[tuple[Tensor, Tensor]]:
     """At most `limit` batches of windows spread evenly over the validation text; the same on every call."""
     windows = max(1, (len(tokens) - 1) // context)
     count = min(windows, limit * batch)

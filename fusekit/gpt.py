@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Sizes of a GPT. `tied`: the head shares the embedding's weight; untied, the default sizes make 17.0 M parameters."""
+    """Sizes of a GPT. `tied`: the head shares the embedding's weight; untied, the defaults make 17.0 M."""
 
     vocab: int = 8192
     context: int = 256
@@ -45,7 +45,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.heads, C // self.heads).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))
+        q, k, v = (
+            t.view(B, T, self.heads, C // self.heads).transpose(1, 2) for t in self.qkv(x).split(C, dim=2)
+        )
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.project(y.transpose(1, 2).reshape(B, T, C))
@@ -70,8 +72,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """forward(tokens, targets): (B, T) int64 in, (logits, loss) out.
 
-    With targets the loss is the mean cross entropy over all B*T tokens and the logits are None: nobody reads them
-    while training, which leaves a rewrite free never to store them. Without, logits are (B, T, vocab), loss is None.
+    With targets the loss is the mean cross entropy over all B*T tokens and the logits are None: nobody reads
+    them while training, so a rewrite need not store them. Without, logits are (B, T, vocab), loss is None.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -86,9 +88,10 @@ class GPT(nn.Module):
         if config.tied:
             self.head.weight = self.tokens.weight
         self.apply(self._initialise)
-        for block in self.blocks:  # 2 sums per layer reach the residual stream: keep its variance flat in depth
-            for linear in (block.attention.project, block.contract):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
+        # Two sums per layer reach the residual stream: keep its variance flat in depth.
+        for name, weight in self.named_parameters():
+            if name.endswith(("project.weight", "contract.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -99,7 +102,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         T = tokens.shape[1]
-        if T > self.config.context:
+        if self.config.context < T:
             raise ValueError(f"GPT: {T} tokens do not fit the context of {self.config.context}")
         x = self.drop(self.tokens(tokens) + self.positions(torch.arange(T, device=tokens.device)))
         for block in self.blocks:

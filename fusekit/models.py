@@ -12,7 +12,7 @@ from fusekit.gpt import GPT, GPTConfig
 
 
 class HuggingFaceLM(nn.Module):
-    """A transformers causal LM with the call of GPT: forward(tokens, targets) -> (logits or None, loss or None).
+    """A transformers causal LM called like GPT: forward(tokens, targets) -> (logits or None, loss or None).
 
     Targets are shifted already, so the loss is taken here and not by the model.
     """
@@ -32,8 +32,8 @@ def build_model(sizes: dict[str, Any], hf_config: str | None = None) -> nn.Modul
     """The model to train, with random weights drawn from torch's generator.
 
     Args:
-        sizes: fields of GPTConfig. For a Hugging Face model they replace the defaults of its configuration where
-            `hf_config` is a model type, and only the vocabulary where it is a file or folder.
+        sizes: fields of GPTConfig. For a Hugging Face model they replace its defaults where `hf_config` is a
+            model type, and only the vocabulary where it is a file or folder.
         hf_config: None for GPT, or a model type ("llama", "gpt2"), a folder with config.json, or such a file.
 
     Raises:
@@ -75,8 +75,8 @@ def _of_type(auto_config: Any, model_type: str, sizes: GPTConfig) -> Any:
         config = auto_config.for_model(model_type)
     except ValueError:
         raise ValueError(
-            f"{model_type!r} is neither a file nor a model type that transformers knows; types are named like gpt2, "
-            f"llama, qwen3"
+            f"{model_type!r} is neither a file nor a model type that transformers knows; types are named "
+            f"like gpt2, llama, qwen3"
         ) from None
     wanted = {
         "vocab_size": sizes.vocab,

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fusekit.data import Batches, load_corpus, python_documentation, read_text, train_tokenizer, validation_batches
+from fusekit.data import (
+    Batches,
+    load_corpus,
+    python_documentation,
+    read_text,
+    train_tokenizer,
+    validation_batches,
+)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""`fusekit doctor`: what is installed, what can run here, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fusekit.kernels import OPS
+from fusekit.meter import machine
+
+PACKAGES = (  # name, what for, how to get it
+    ("triton", "GPU kernels, sanitizer and static lanes", "pip install triton"),
+    ("tokenizers", "fusekit train", "pip install 'fusekit-compiler[train]'"),
+    ("matplotlib", "plots", "pip install 'fusekit-compiler[train]'"),
+    ("transformers", "--hf-config", "pip install 'fusekit-compiler[models]'"),
+    ("pytest", "tests", "pip install 'fusekit-compiler[tests]'"),
+    ("ttsem", "sanitizer lane", "pip install --ignore-requires-python --no-deps ttsem==0.1.0"),
+    ("cuxray", "static lane", "pip install cuxray"),
+)
+
+
+def examine() -> int:
+    """Print the findings. 0 where fusekit can train here, 1 where it cannot."""
+    console = Console()
+    console.print(
+        *(f"[bold]{name}[/] {value}" for name, value in machine().items()), sep="\n", highlight=False
+    )
+    table = Table(title="packages", title_justify="left", box=None)
+    for heading in ("package", "version", "for", "missing: do"):
+        table.add_column(heading)
+    versions = {name: _version(name) for name, _, _ in PACKAGES}
+    for name, purpose, remedy in PACKAGES:
+        table.add_row(name, versions[name] or "-", purpose, "" if versions[name] else remedy)
+    console.print(table)
+    for name, obstacle in _lanes(versions).items():
+        console.print(f"{name:22} {'yes' if obstacle is None else 'no: ' + obstacle}", highlight=False)
+    console.print(f"ops: {', '.join(OPS) or 'none'}", highlight=False)
+    problem = _problem()
+    if problem:
+        print(f"fusekit doctor: {problem}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+def _lanes(versions: dict[str, str | None]) -> dict[str, str | None]:
+    """What can run here: None, or what is missing."""
+
+    def needs(*names: str) -> str | None:
+        missing = [name for name in names if versions[name] is None]
+        return f"{', '.join(missing)} not installed" if missing else None
+
+    linux = None if platform.system() == "Linux" else "needs Linux"
+    gpu = None if torch.cuda.is_available() else "PyTorch finds no CUDA GPU"
+    compiler = (
+        None if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
+    )
+    return {
+        "training": needs("tokenizers"),
+        "torch.compile on CPU": compiler,
+        "native lane": needs("pytest"),
+        "sanitizer lane": linux or needs("pytest", "triton", "ttsem"),
+        "static lane": linux or needs("triton", "cuxray"),
+        "gpu lane": gpu or needs("pytest", "triton"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _problem() -> str | None:
+    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split(".")[:2])
+    if version < (2, 11):
+        return f"PyTorch {torch.__version__} is too old: fusekit needs 2.11; pip install -U torch"
+    return None

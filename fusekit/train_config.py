@@ -1,0 +1,56 @@
+"""How to train, checked when made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+PROVIDERS = ("eager", "compile", "fusekit")
+PRECISIONS = ("float32", "tf32", "fp16", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. provider: "eager", "compile", "fusekit"; precision: "float32", "tf32", "fp16", "bf16".
+
+    A step is `accumulate` batches of `batch` rows. The learning rate rises linearly for `warmup` steps, then
+    falls as a cosine to a tenth. Intervals of 0 mean: only at the end. log_every 0: every step on a CPU,
+    every 10th on a GPU, where reading the loss makes the host wait.
+    """
+
+    steps: int = 300
+    batch: int = 8
+    context: int = 256
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 20
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    provider: str = "fusekit"
+    precision: str = "bf16"
+    seed: int = 0
+    validate_every: int = 50
+    validation_batches: int = 8
+    checkpoint_every: int = 50
+    log_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("provider", PROVIDERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("steps", "batch", "context", "accumulate", "validation_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "validate_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is not negative, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is greater than 0, got {getattr(self, name)}")
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step `step`, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
