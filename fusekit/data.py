@@ -111,7 +111,8 @@ def load_corpus(path: str | os.PathLike[str] | None, *, vocab: int, context: int
         least = int((context + 1) / VALIDATION_SHARE) + 1
         raise ValueError(
             f"{path or 'the text'} is too short: {len(tokens)} tokens, and a context of {context} needs "
-            f"about {least} so that the validation tenth holds one window; give more text or a smaller --context"
+            f"about {least} so that the validation tenth holds one window; give more text or a "
+            f"smaller --context"
         )
     return Corpus(train=tokens[:cut], validation=tokens[cut:], vocab=vocab, digest=_digest(text, vocab))
 
