@@ -1,0 +1,295 @@
+r"""RMSNorm of a residual sum, in one pass over memory.
+
+    h = x + residual                                   (rounded to x's dtype, as eager rounds it)
+    y = h / sqrt(mean(h^2) + eps) * (weight + offset)  (rounded once, at the end; Gemma's offset is 1)
+
+Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+Saved for backward: h (x where there is no residual), weight, and one float32 number a row, rstd.
+With a = h * rstd and g = dy * (weight + offset):
+    dx = dresidual = dh + rstd * (g - a * mean(g * a)),   dweight = sum of dy * a
+where dh is the gradient that reaches h from its other readers. One pass over h, dy and dh makes both; the sum
+over rows leaves one float32 partial row per program, added up by a second small kernel.
+Shape suffixes: M rows (tokens), N columns (features), P programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels._triton import tl, triton
+from fusekit.kernels.launch import launch, on_gpu
+from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.op import Op, Sample, not_runnable
+from fusekit.kernels.row_reduction import (
+    Draw,
+    as_rows,
+    program_count,
+    reduce_partials,
+    row_chunks,
+    row_tile,
+    unsupported_rows,
+)
+
+
+def reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """y, and h or an empty tensor where there is no residual. x (..., N), weight (N,)."""
+    h = x if residual is None else x + residual
+    wide = h.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(y.dtype) + offset)
+    return y.to(x.dtype), x.new_empty(0) if residual is None else h
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
+    x_stride, residual_stride, M, N, eps, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)[None, :]
+    inside = (row < M)[:, None] & (column < N)
+    wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
+    h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
+    if residual_ptr is not None:
+        r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+        tl.store(h_ptr + wide_row * N + column, h, mask=inside)
+    h = h.to(tl.float32)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, 1) / N + eps))
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    y = h * rstd[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32) + offset
+    tl.store(y_ptr + wide_row * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, dh_ptr, h_ptr, rstd_ptr, weight_ptr, dx_ptr, dweight_ptr,
+    dy_stride, dh_stride, h_stride, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK_N)[None, :]
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32) + offset
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (row < M)[:, None] & (column < N)
+        wide_row = row.to(tl.int64)[:, None]
+        h = tl.load(h_ptr + wide_row * h_stride + column, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + wide_row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
+        a = h * rstd[:, None]
+        if dweight_ptr is not None:
+            dweight += dy * a
+        if dx_ptr is not None:
+            g = dy
+            if weight_ptr is not None:
+                g = dy * weight
+            dx = rstd[:, None] * (g - a * (tl.sum(g * a, 1) / N)[:, None])
+            if dh_ptr is not None:
+                dx += tl.load(dh_ptr + wide_row * dh_stride + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + wide_row * N + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    if dweight_ptr is not None:
+        partial = tl.program_id(0).to(tl.int64) * N + tl.arange(0, BLOCK_N)
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK_N) < N)
+
+
+def _forward_gpu(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, rstd = _outputs(x, residual)
+    x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
+    M, N = x_rows.shape
+    BLOCK_M, BLOCK_N, num_warps = row_tile(N)
+    launch(
+        _forward_kernel, (-(-M // BLOCK_M),), x_rows, residual_rows,
+        None if weight is None else weight.contiguous(), y, h, rstd,
+        x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), M, N, eps, offset,
+        num_warps=num_warps, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    return y, h, rstd
+
+
+def _backward_gpu(
+    dy: Tensor, dh: Tensor | None, h: Tensor, rstd: Tensor,
+    weight: Tensor | None, offset: float, needed: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grads = _grads(h, weight, needed)
+    dy_rows, h_rows, dh_rows = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
+    M, N = h_rows.shape
+    BLOCK_M, BLOCK_N, num_warps = row_tile(N)
+    P = program_count(-(-M // BLOCK_M), h)
+    dx, dweight = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    partials = None if dweight is None else h.new_empty((P, N), dtype=torch.float32)
+    launch(
+        _backward_kernel, (P,), dy_rows, dh_rows, h_rows, rstd,
+        None if weight is None else weight.contiguous(), dx, partials,
+        dy_rows.stride(0), 0 if dh_rows is None else dh_rows.stride(0), h_rows.stride(0), M, N, offset,
+        num_warps=num_warps, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    reduce_partials((partials, None), (dweight, None))
+    return grads
+
+
+def _forward_native(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, rstd = _outputs(x, residual)
+    M, N = rstd.numel(), x.shape[-1]
+    h_rows = (x if residual is None else torch.add(x, residual, out=h)).reshape(M, N)
+    y_rows = y.view(M, N)
+    scale = None if weight is None else weight.float() + offset
+    for rows in row_chunks(M, N):
+        wide = h_rows[rows].float()
+        squares = torch.square(wide)
+        torch.add(squares.mean(1), eps, out=rstd[rows]).rsqrt_()
+        normalised = torch.mul(wide, rstd[rows, None], out=squares)
+        y_rows[rows] = normalised if scale is None else normalised.mul_(scale)
+    return y, h, rstd
+
+
+def _backward_native(
+    dy: Tensor, dh: Tensor | None, h: Tensor, rstd: Tensor,
+    weight: Tensor | None, offset: float, needed: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grads = _grads(h, weight, needed)
+    M, N = rstd.numel(), h.shape[-1]
+    all_dy, all_h, all_dh = dy.reshape(M, N), h.reshape(M, N), None if dh is None else dh.reshape(M, N)
+    scale = None if weight is None else weight.float() + offset
+    total = h.new_zeros(N, dtype=torch.float32)
+    for rows in row_chunks(M, N):
+        rstd_rows, dy_rows = rstd[rows, None], all_dy[rows].float()
+        a = all_h[rows].float() * rstd_rows
+        dy_a = dy_rows * a
+        if needed[1]:
+            total += dy_a.sum(0)
+        if needed[0]:
+            mean = dy_a.mean(1) if scale is None else torch.mv(dy_a, scale / N)
+            g = dy_rows if scale is None else torch.mul(dy_rows, scale, out=dy_a)
+            dx = torch.addcmul(g, a, mean[:, None], value=-1, out=a).mul_(rstd_rows)
+            grads[0].view(M, N)[rows] = dx if all_dh is None else dx.add_(all_dh[rows])
+    if needed[1]:
+        grads[1].copy_(total)
+    return grads
+
+
+def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = x.new_empty(0) if residual is None else torch.empty_like(y)
+    return y, h, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _grads(h: Tensor, weight: Tensor | None, needed: list[bool]) -> tuple[Tensor, Tensor]:
+    """Uninitialised gradients; an empty tensor where one is not needed."""
+    dx, dweight = (
+        h.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in zip((h, weight), needed, strict=True)
+    )
+    return dx, dweight
+
+
+def _run_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (_forward_gpu if on_gpu(x) else _forward_native)(x, *args)
+
+
+def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return (_backward_gpu if on_gpu(dy) else _backward_native)(dy, *args)
+
+
+_forward = define(
+    "add_rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset)"
+    " -> (Tensor y, Tensor h, Tensor rstd)",
+    _run_forward,
+    lambda x, residual, weight, eps, offset: _outputs(x, residual),
+)
+_backward = define(
+    "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor rstd, Tensor? weight, float offset,"
+    " bool[2] needed) -> (Tensor dx, Tensor dweight)",
+    _run_backward,
+    lambda dy, dh, h, rstd, weight, offset, needed: _grads(h, weight, needed),
+)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        y, h, rstd = _forward(x, residual, weight, eps, offset)
+        ctx.save_for_backward(x if residual is None else h, rstd, weight)
+        ctx.offset = offset
+        ctx.set_materialize_grads(False)
+        if residual is None:
+            ctx.mark_non_differentiable(h)
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("add_rms_norm", grad_outputs)
+        dy, dh = grad_outputs
+        x_needed, residual_needed, weight_needed, _, _ = ctx.needs_input_grad
+        if dy is None:  # only the sum was used
+            return dh if x_needed else None, dh if residual_needed else None, None, None, None
+        needed = [x_needed or residual_needed, weight_needed]
+        dx, dweight = _backward(dy, dh, *ctx.saved_tensors, ctx.offset, needed)
+        return (
+            dx if x_needed else None,
+            dx if residual_needed else None,  # one tensor twice, as the backward of aten's add returns it
+            dweight if weight_needed else None,
+            None,
+            None,
+        )
+
+
+def _checked(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:
+    if reason := supports(x, residual, weight, eps, offset):
+        raise ValueError(f"add_rms_norm: {reason}")
+    return x, residual, weight, eps, offset
+
+
+def supports(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> str | None:
+    """None, or why this call cannot be fused, as a sentence."""
+    return not_runnable(x, residual, weight) or unsupported_rows(x, residual, weight)
+
+
+fused = define(
+    "add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset=0.0)"
+    " -> (Tensor y, Tensor h)",
+    lambda *args: _forward(*_checked(*args))[:2],
+    lambda *args: _outputs(*_checked(*args)[:2])[:2],
+    autograd=lambda *args: _AddRMSNorm.apply(*_checked(*args)),
+)
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Small odd ones, strided, with parts absent, empty; then a small GPT's and an 8-billion Llama's width."""
+    draw = Draw(device, dtype)
+    yield Sample(args=(draw(3, 7, 257), draw(3, 7, 257), draw(257, shift=1), 1e-6), name="residual")
+    yield Sample(args=(draw(37, 96, shift=2), None, draw(96), 1e-5), name="no residual")
+    yield Sample(args=(draw(5, 1000), draw(5, 1000), None, 1e-6), name="no weight")
+    yield Sample(args=(draw(9, 64), None, draw(64), 1e-6, 1.0), name="offset 1 (Gemma)")
+    yield Sample(args=(draw.strided(6, 3, 130), draw.strided(6, 3, 130), draw(130), 1e-6), name="strided")
+    yield Sample(args=(draw(4, 2100), draw(4, 2100), draw(2100, dtype=torch.float32), 1e-6), name="float32 weight")
+    yield Sample(args=(draw(0, 48), draw(0, 48), draw(48), 1e-6), name="empty")
+    for M, N in (2048, 384), (8192, 4096):
+        yield Sample(args=(draw(M, N), draw(M, N), draw(N, shift=1), 1e-6), name=f"{M}x{N}", bench=True)
+
+
+def flops(x: Tensor, residual: Tensor | None, *args: Any) -> int:
+    """Sum of squares 2, scale 1, weight 1; the residual 1."""
+    return x.numel() * (4 if residual is None else 5)
+
+
+OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent=True)
