@@ -156,7 +156,7 @@ def _forward_native(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = (x if residual is None else x + residual).contiguous()
-    # A float32 weight makes ATen keep the row statistics in float32; else they, and with them dx, are rounded.
+    # A float32 weight makes ATen keep the row statistics in float32; else they are rounded, and dx with them.
     scale = h.new_ones(h.shape[-1:], dtype=torch.float32) if weight is None else weight.float()
     y, mean, rstd = torch.ops.aten.native_layer_norm(
         h, h.shape[-1:], scale, None if bias is None else bias.float(), eps
@@ -174,8 +174,9 @@ def _backward_native(
 
     def backward(rows: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dx, *sums = torch.ops.aten.native_layer_norm_backward(
-            all_dy[rows].float(), all_h[rows].float(), (N,), mean[rows, None], rstd[rows, None], scale, scale, needed
-        )
+            all_dy[rows].float(), all_h[rows].float(), (N,), mean[rows, None], rstd[rows, None],
+            scale, scale, needed,
+        )  # fmt: skip
         return dx if dx is None or all_dh is None else dx.add_(all_dh[rows]), *sums
 
     if h.dtype == torch.float32:
@@ -208,8 +209,9 @@ def _grads(
     h: Tensor, weight: Tensor | None, bias: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised gradients; an empty tensor where one is not needed."""
+    empty = h.new_empty(0)
     dx, dweight, dbias = (
-        h.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else empty
         for t, need in zip((h, weight, bias), needed, strict=True)
     )
     return dx, dweight, dbias
@@ -295,7 +297,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     draw = Draw(device, dtype)
 
     def sample(
-        name: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, bench: bool = False
+        name: str, x: Tensor, residual: Any, weight: Any, bias: Any, bench: bool = False
     ) -> Sample:
         return Sample(args=(x, residual, weight, bias, 1e-5), name=name, bench=bench)
 

@@ -189,8 +189,9 @@ def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor
 
 def _grads(h: Tensor, weight: Tensor | None, needed: list[bool]) -> tuple[Tensor, Tensor]:
     """Uninitialised gradients; an empty tensor where one is not needed."""
+    empty = h.new_empty(0)
     dx, dweight = (
-        h.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else empty
         for t, need in zip((h, weight), needed, strict=True)
     )
     return dx, dweight
@@ -274,14 +275,15 @@ fused = define(
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    """Small odd ones, strided, with parts absent, empty; then a small GPT's and an 8-billion Llama's width."""
+    """Small odd ones, strided, with parts absent, empty; then the width of a small GPT and of an 8B Llama."""
     draw = Draw(device, dtype)
     yield Sample(args=(draw(3, 7, 257), draw(3, 7, 257), draw(257, shift=1), 1e-6), name="residual")
     yield Sample(args=(draw(37, 96, shift=2), None, draw(96), 1e-5), name="no residual")
     yield Sample(args=(draw(5, 1000), draw(5, 1000), None, 1e-6), name="no weight")
     yield Sample(args=(draw(9, 64), None, draw(64), 1e-6, 1.0), name="offset 1 (Gemma)")
     yield Sample(args=(draw.strided(6, 3, 130), draw.strided(6, 3, 130), draw(130), 1e-6), name="strided")
-    yield Sample(args=(draw(4, 2100), draw(4, 2100), draw(2100, dtype=torch.float32), 1e-6), name="float32 weight")
+    wide = draw(2100, dtype=torch.float32)
+    yield Sample(args=(draw(4, 2100), draw(4, 2100), wide, 1e-6), name="float32 weight")
     yield Sample(args=(draw(0, 48), draw(0, 48), draw(48), 1e-6), name="empty")
     for M, N in (2048, 384), (8192, 4096):
         yield Sample(args=(draw(M, N), draw(M, N), draw(N, shift=1), 1e-6), name=f"{M}x{N}", bench=True)

@@ -1,6 +1,6 @@
 """What kernels over whole rows share: tiling, spreading rows over programs, summing column partials.
 
-A kernel that reads M rows once and needs sums over all rows (the weight gradients of a norm) keeps one float32
+A kernel that reads M rows once and needs sums over all rows (a norm's weight gradients) keeps one float32
 partial row per program; `reduce_partials` adds them up in a fixed order. No atomics, so the result is bitwise
 the same run to run.
 Shape suffixes: M rows, N columns, P programs.
@@ -97,8 +97,8 @@ def reduce_partials(partials: tuple[Tensor | None, Tensor | None], outs: tuple[A
 def row_chunks(M: int, N: int, elements: int = 1 << 19) -> list[slice]:
     """Slices over M rows that the CPU widens to float32 a few at a time: nearly equal, `elements` or fewer.
 
-    2 MiB of float32 stay in the last-level cache; with chunks of a tenth of that, the calls cost more than the
-    memory they save (LayerNorm backward, 2048 x 768 bfloat16, one thread: 3.5 ms against 1.8).
+    2 MiB of float32 stay in the last-level cache; with chunks of a tenth of that, the calls cost more than
+    the memory they save (LayerNorm backward, 2048 x 768 bfloat16, one thread: 3.5 ms against 1.8).
     """
     rows = -(-M // max(1, -(-M * N // elements)))
     return [slice(start, start + rows) for start in range(0, M, max(1, rows))]
@@ -129,8 +129,8 @@ def unsupported_parameter(x: Tensor, name: str, parameter: Tensor) -> str | None
 class Draw:
     """Random sample tensors that require a gradient, the same for every device and dtype.
 
-    Values are multiples of 1/16 below 8, so that the sum of two is exact in bfloat16: otherwise the rounding of
-    h = x + residual, which is part of the op, hides errors of its norm.
+    Values are multiples of 1/16 below 8, so that the sum of two is exact in bfloat16: otherwise the rounding
+    of h = x + residual, which is part of the op, hides errors of its norm.
     """
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -140,7 +140,8 @@ class Draw:
     def __call__(self, *shape: int, dtype: torch.dtype | None = None, shift: float = 0.0) -> Tensor:
         # Large benchmark inputs repeat 64 rows: drawing them all takes seconds.
         few = tuple(min(size, 64) for size in shape[:-1]) + shape[-1:]
-        values = (torch.randn(few, generator=self.generator) + shift).mul_(16).round_().clamp_(-127, 127).div_(16)
+        values = torch.randn(few, generator=self.generator).add_(shift)
+        values = values.mul_(16).round_().clamp_(-127, 127).div_(16)
         repeats = tuple(-(-size // max(1, some)) for size, some in zip(shape, few, strict=True))
         values = values.to(self.device, dtype or self.dtype).repeat(repeats)
         return values[tuple(map(slice, shape))].contiguous().requires_grad_()
