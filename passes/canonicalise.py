@@ -8,6 +8,8 @@ in-place ops in place, buffers updated, autograd recorded anew by every run. Eve
     meta["parameter"]      it is an nn.Parameter
     meta["requires_grad"]  as it was when captured
 
+and the graph has meta["autocast"], the autocast around the call.
+
 Higher-order operators are never traced through: that drops a user's autograd.Function.backward, and runs
 activation checkpoints without checkpointing (torch 2.11) or with wrong random numbers (2.13).
 """
@@ -43,7 +45,18 @@ def canonicalise(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gr
         torch.set_grad_enabled(grad_enabled)  # grad-mode regions really ran during the trace
     _describe_placeholders(module, graph, example_inputs)
     complete_meta(graph, _compat.tracing_fake_mode())
+    graph.meta["autocast"] = ambient_autocast()
     return graph
+
+
+def ambient_autocast() -> dict[str, torch.dtype]:
+    """The device types under autocast where the frame was called, with the dtype each lowers to."""
+    devices = (
+        ("cpu", torch.accelerator.current_accelerator().type)
+        if torch.accelerator.is_available()
+        else ("cpu",)
+    )
+    return {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
 
 
 def call_checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +76,20 @@ def bodies(module: fx.GraphModule) -> list[fx.GraphModule]:
         if node.op == "call_function" and node.target is call_checkpoint:
             found += bodies(getattr(module, node.args[0].target))
     return found
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph, and whose checkpoint bodies, can be changed; tensors and other submodules are shared."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, values))
+    (old,), (new,) = module.graph.find_nodes(op="output"), graph.find_nodes(op="output")
+    new.meta = dict(old.meta)
+    copied = fx.GraphModule(module, graph)
+    copied.meta.update(module.meta)
+    for node in graph.find_nodes(op="call_function", target=call_checkpoint):
+        setattr(copied, node.args[0].target, copy_graph(getattr(module, node.args[0].target)))
+    return copied
 
 
 def location(node: fx.Node) -> str:
@@ -90,7 +117,12 @@ class _Canonicaliser(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         with fx.traceback.set_current_meta(n):  # new nodes inherit the user's stack trace
-            return super().run_node(n)
+            try:
+                return super().run_node(n)
+            except Exception as error:
+                if not hasattr(error, "fusekit_node"):
+                    error.fusekit_node = n  # type: ignore[attr-defined]  # so that a warning can name the line
+                raise
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _compat.enter_autocast:

@@ -86,6 +86,7 @@ class Region:
     config: Config
     index: int = 0
     training: bool = True
+    in_frame: bool = True  # built while Dynamo compiles the frame, so that guards on sizes still take effect
     disabled_sites: frozenset[str] = frozenset()
     fusions: list[Fusion] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
