@@ -7,4 +7,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("fusekit is not installed; from its folder run: pip install -e .") from error
 
+from fusekit.optimize import optimize, restore
+
+__all__ = ["optimize", "restore"]
 __version__ = "0.1.0"

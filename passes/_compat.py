@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -42,19 +42,21 @@ __all__ = [
     "backend_inputs",
     "divide_checkpoint_kwargs",
     "dynamo_settings",
+    "ensure_callbacks",
     "enter_autocast",
     "exit_autocast",
-    "graph_break_counts",
     "has_autocast_kernel",
+    "headline",
     "inductor",
-    "is_compiled",
     "is_traceable_wrapper_subclass",
     "make_pre_dispatch_graph",
+    "never_trace",
     "record_call",
     "self_test",
     "set_grad_enabled",
     "source_name",
     "tag_activation_checkpoint",
+    "take_graph_breaks",
     "trace_body",
     "tracing_fake_mode",
 ]
@@ -169,13 +171,62 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
     return compile_fx(module, list(inputs))  # type: ignore[return-value]
 
 
-def is_compiled(module: torch.nn.Module) -> bool:
-    return module._compiled_call_impl is not None
+class Skipped(NamedTuple):
+    """A frame that Dynamo gave up: where its code begins, the line that stopped capture, and why."""
+
+    code: tuple[str, int]
+    line: str
+    reason: str
 
 
-def graph_break_counts() -> dict[str, int]:
-    """Dynamo's running count of graph breaks by reason, for the whole process."""
-    return dict(torch._dynamo.utils.counters["graph_break"])
+def take_graph_breaks() -> tuple[list[str], list[Skipped]]:
+    """What Dynamo noted since the last call: graph breaks as "file.py:7: reason", and frames given up."""
+    breaks = [
+        f"{_line(b.user_stack[-1].filename, b.user_stack[-1].lineno)}: {headline(b.reason)}"
+        for b in _unseen(torch._dynamo.utils.graph_break_reasons)
+    ]
+    skipped = [
+        Skipped(
+            code=(m.co_filename, m.co_firstlineno),
+            line=_line(m.fail_user_frame_filename, m.fail_user_frame_lineno),
+            reason=headline(m.fail_reason),
+        )
+        for m in _unseen(torch._dynamo.utils.get_compilation_metrics())
+        if m.fail_type and m.fail_type != "SkipFrame"
+    ]
+    return breaks, skipped
+
+
+_seen: dict[int, Any] = {}
+
+
+def _unseen(records: Sequence[Any]) -> list[Any]:
+    new = [record for record in records if id(record) not in _seen]
+    _seen.update({id(record): record for record in new})  # held, so that no id is used twice
+    return new
+
+
+def _line(path: str | None, number: int | None) -> str:
+    return f"{(path or '').replace(chr(92), '/').rsplit('/', 1)[-1]}:{number}" if path else ""
+
+
+def headline(reason: str | None) -> str:
+    """Dynamo's reason in one line: its title and its explanation, without hints and links."""
+    lines = [line.strip() for line in (reason or "no reason given").strip().splitlines() if line.strip()]
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    return lines[0] + (f" ({explanation.removeprefix('Explanation:').strip()})" if explanation else "")
+
+
+def ensure_callbacks(start: Callable[[Any], None], end: Callable[[Any], None]) -> None:
+    """Have `start` and `end` called around each Dynamo compilation; torch._dynamo.reset() forgets them."""
+    if start not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(start)
+        callback_handler.register_end_callback(end)
+
+
+def never_trace(function: Callable[..., Any]) -> None:
+    """Have Dynamo run this Python function as it is, wherever it meets it."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
 
 
 RECOMPILE_LIMIT = 64  # the default of 8 counts over all instances of a class: a ninth MLP would stay eager
@@ -196,18 +247,6 @@ def dynamo_settings() -> Iterator[None]:
         settings["ignore_logging_functions"] = set(config.ignore_logging_functions) | {warning_once}
     with config.patch(settings):
         yield
-
-
-def on_compile(start: Callable[[Any], None], end: Callable[[Any], None]) -> Callable[[], None]:
-    """Call `start` before and `end` after each Dynamo compilation, ours or not; returns the undo."""
-    callback_handler.register_start_callback(start)
-    callback_handler.register_end_callback(end)
-
-    def remove() -> None:
-        callback_handler.remove_start_callback(start)
-        callback_handler.remove_end_callback(end)
-
-    return remove
 
 
 class _FiveOps(torch.nn.Module):

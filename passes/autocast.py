@@ -1,10 +1,9 @@
 """Autocast made visible: what it would cast is cast by nodes, and the graph then runs with autocast off.
 
-A captured graph holds `linear(float32, float32) -> bfloat16` under autocast: the casts happen below, in the
-dispatcher, where no rule sees them and where a fused op would be handed uncast values. Which casts an op gets is not
-looked up in a table but observed: the op runs on its fake inputs with autocast on and off, and the extra casts are
-its autocast. An op whose casts are not on its own arguments (einsum casts views of them) runs under autocast as
-before, alone.
+Under autocast a captured graph holds `linear(float32, float32) -> bfloat16`: the casts happen below, in the
+dispatcher, where no rule sees them and where a fused op would be handed uncast values. Which casts an op gets
+is not looked up in a table but observed: it runs on its fake inputs with autocast on and off, and the extra
+casts are its autocast. An op that casts other things than its arguments (einsum: views of them) keeps autocast.
 
 Casts of parameters are shared within one autocast region, as autocast's weight cache shares them; casts of
 activations are not: sharing one would sum its gradients in the low precision.
@@ -80,7 +79,7 @@ class _Walk:
             self.states.pop()
             self.outermost += not self.states
         else:
-            self.states.append(_State(*node.args))
+            self.states.append(_State(*node.args))  # type: ignore[arg-type]
 
     def _visit_call(self, node: fx.Node) -> None:
         state = self._state_for(node)
@@ -147,7 +146,7 @@ class UnderAutocast:
 
 @dataclass(frozen=True)
 class _Casts:
-    """Positions among an op's flattened arguments with the dtype each is cast to; dtype= for the op itself."""
+    """Positions among an op's flattened arguments, the dtype each is cast to, and the op's own dtype=."""
 
     arguments: tuple[tuple[int, torch.dtype], ...] = ()
     dtype: torch.dtype | None = None
@@ -155,7 +154,7 @@ class _Casts:
 
 def observe(node: fx.Node, state: _State) -> _Casts | None:
     """What autocast does to this op, as casts of its arguments; None where it cannot be put that way."""
-    target = node.target
+    target: Any = node.target
     unpredictable = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(target.tags)
     if target._schema.is_mutable or unpredictable:
         return None if _compat.has_autocast_kernel(target, state.device) else _Casts()

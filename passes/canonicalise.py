@@ -51,12 +51,7 @@ def canonicalise(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gr
 
 def ambient_autocast() -> dict[str, torch.dtype]:
     """The device types under autocast where the frame was called, with the dtype each lowers to."""
-    devices = (
-        ("cpu", torch.accelerator.current_accelerator().type)
-        if torch.accelerator.is_available()
-        else ("cpu",)
-    )
-    return {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+    return {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
 
 
 def call_checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +74,7 @@ def bodies(module: fx.GraphModule) -> list[fx.GraphModule]:
 
 
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose graph, and whose checkpoint bodies, can be changed; tensors and other submodules are shared."""
+    """A copy whose graph and checkpoint bodies can be changed; tensors and other submodules are shared."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, values))

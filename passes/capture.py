@@ -1,8 +1,8 @@
 """The Dynamo backend: one frame in, one callable out, and the record of both.
 
-Dynamo owns what is hard about Python: guards, graph breaks, dynamic shapes, recompilation. Whatever goes wrong here
-ends in SkipFrame: the frame then runs as the user wrote it, and one warning says where and why. Returning Dynamo's
-own graph would not be the same: activation checkpoints in it do not replay their random numbers.
+Dynamo owns what is hard about Python: guards, graph breaks, dynamic shapes, recompilation. Whatever goes
+wrong here ends in SkipFrame: the frame then runs as the user wrote it, and one warning says where and why.
+Returning Dynamo's own graph would differ: its activation checkpoints do not replay their random numbers.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class CapturedRegion:
     """One captured graph: what Dynamo calls, and what can be rebuilt with some sites switched off.
 
     region: as the pipeline left it; replaced by every `rebuild`.
-    recorder: set, it makes the interpreter that runs the graph in place of the compiled callable, so that each
-        node's real inputs and outputs can be seen: recorder(region.module) -> fx.Interpreter.
+    recorder: recorder(region.module) -> fx.Interpreter. While set, that interpreter runs the graph, not the
+        compiled callable, so that each node's real inputs and outputs can be seen.
     """
 
     region: Region

@@ -17,7 +17,8 @@ from fusekit.passes.region import Region
 def emit(region: Region) -> None:
     """Set `region.run`, a callable over the captured graph's inputs.
 
-    "auto" is Inductor where the graph runs on CUDA: on a CPU it costs 10-140 s of compiling for 10-20 % of time.
+    "auto" is Inductor where the graph runs on CUDA; on a CPU it costs 10-140 s of compiling and gains a
+    fifth at most.
     Where Inductor fails the graph runs eagerly and a note says why.
     """
     call = _inductor(region) if _wants_inductor(region) else region.module.forward
@@ -30,7 +31,7 @@ def emit(region: Region) -> None:
 
 
 def graph_inputs(region: Region, args: Sequence[Any]) -> Sequence[Any]:
-    """What the region's graph takes, from what Dynamo passes: cast copies of parameters are put in their places."""
+    """What the region's graph takes, from what Dynamo passes: the cast copies of parameters are added."""
     if not region.input_casts:
         return args
     from fusekit.passes.weights import cast_parameters
@@ -62,9 +63,7 @@ def _inductor(region: Region) -> Callable[..., Any]:
     module = copy_graph(region.module)
     if not region.in_frame and _has_symbols(module):
         # Inductor would specialise on sizes, and outside a Dynamo frame nobody guards them.
-        region.notes.append(
-            "this graph has varying sizes and was rebuilt: its remainder runs eagerly, not in Inductor"
-        )
+        region.notes.append("rebuilt with varying sizes: the remainder runs eagerly, not in Inductor")
         return region.module.forward
     _restore_checkpoints(module)
     try:
@@ -81,7 +80,7 @@ def _inductor(region: Region) -> Callable[..., Any]:
 
 
 def _restore_checkpoints(module: fx.GraphModule) -> None:
-    """Inductor knows checkpoints by their higher-order operator and partitions the backward pass accordingly."""
+    """Inductor knows checkpoints by their higher-order operator, and partitions the backward pass by it."""
     for body in bodies(module):
         for node in body.graph.find_nodes(op="call_function", target=call_checkpoint):
             node.target = _compat.tag_activation_checkpoint
@@ -98,7 +97,7 @@ def _has_symbols(module: fx.GraphModule) -> bool:
 
 
 def _example(node: fx.Node) -> Any:
-    """A placeholder's fake, requiring a gradient where the captured input did: meta["val"] has forgotten it."""
+    """A placeholder's fake that requires a gradient where the input did: meta["val"] has forgotten it."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return value

@@ -1,7 +1,7 @@
 """What no pass may change, checked between passes (FUSEKIT_VERIFY=1, and in the tests).
 
-Every node knows its value; the outputs keep shape, dtype, strides and aliasing; no mutation appears or disappears;
-surviving random ops keep their order; checkpointed bodies obey the same; every graph lints.
+Every node knows its value; the outputs keep shape, dtype, strides and aliasing; no write to an input appears
+or disappears; surviving random ops keep their order; checkpointed bodies obey the same; every graph lints.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _base(node: fx.Node) -> fx.Node:
-    """The input whose memory a node is a view of, by the fakes' storage; the node itself where there is none."""
+    """The input that a node is a view of, by the fakes' storage; the node itself where there is none."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return node

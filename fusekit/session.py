@@ -1,0 +1,152 @@
+"""The state behind one optimised model: its captured graphs, what went wrong, and the call that runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+from torch import nn
+
+from fusekit.passes import _compat
+from fusekit.passes.capture import Capture, CapturedRegion, Failure
+from fusekit.passes.config import Config
+from fusekit.passes.region import Settings
+
+Hook = Callable[["Session", tuple[Any, ...], dict[str, Any]], None]
+
+
+class Session:
+    """One call of `optimize`.
+
+    regions: captured graphs in the order they were captured; train and eval, and other guards, each make one.
+    failures: frames that run eagerly, with the user's line and the reason.
+    graph_breaks: what split the model into several graphs, as sentences with the user's line.
+    after_call: hook(session, args, kwargs) for each, after every call of the model.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, config: Config) -> None:
+        self._model: ReferenceType[nn.Module] = ref(model)
+        self.settings = settings
+        self.config = config
+        self.capture = Capture(settings=settings, config=config)
+        self.graph_breaks: list[str] = []
+        self.after_call: list[Hook] = []
+        self.unsettled = True  # it has compiled something since `settle`
+        self.replaced_call: Callable[..., Any] | None = None  # what `restore` puts back
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the optimised model of this session no longer exists")
+        return model
+
+    @property
+    def regions(self) -> list[CapturedRegion]:
+        return self.capture.regions
+
+    @property
+    def failures(self) -> list[Failure]:
+        return self.capture.failures
+
+    def settle(self) -> None:
+        """After a call that compiled: note graph breaks, warn about frames Dynamo gave up, apply `strict`."""
+        self.unsettled = False
+        breaks, skipped = _compat.take_graph_breaks()
+        self.graph_breaks += [text for text in breaks if text not in self.graph_breaks]
+        _given_up.update({frame.code: frame for frame in skipped})
+        codes = {_code(module) for module in self.model.modules()} | {frame.code for frame in skipped}
+        for code in codes & _given_up.keys():
+            self.capture.fail(_given_up[code].line, _given_up[code].reason)
+        if self.settings.strict:
+            self._insist()
+
+    def _insist(self) -> None:
+        problems = [f"{f.location}: not captured: {f.reason}" for f in self.failures]
+        for captured in self.regions:
+            problems += [f"{r.location}: {r.op} left unfused: {r.reason}" for r in captured.region.refusals]
+        if problems:
+            raise UnfusedError("strict=True, and fusekit left work unfused:\n  " + "\n  ".join(problems))
+
+
+# Dynamo gives a piece of code up once for the whole process and says nothing the next time.
+_given_up: dict[tuple[str, int], _compat.Skipped] = {}
+
+
+def _code(module: nn.Module) -> tuple[str, int]:
+    code = getattr(type(module).forward, "__code__", None)
+    return (code.co_filename, code.co_firstlineno) if code else ("", 0)
+
+
+class UnfusedError(RuntimeError):
+    """strict=True, and a frame was not captured or a site not fused."""
+
+
+SESSIONS: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+
+def session(model: nn.Module) -> Session:
+    """The session of an optimised model.
+
+    Raises:
+        ValueError: the model was never optimised, or was restored, or is a copy of an optimised one.
+    """
+    found = SESSIONS.get(model)
+    if found is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not optimised (a copy of an optimised model is a plain model): "
+            "call fusekit.optimize(model) first"
+        )
+    return found
+
+
+class OptimisedCall:
+    """Stands in a module's compiled-call slot: runs Dynamo's callable with this session current."""
+
+    def __init__(self, session: Session, compiled: Callable[..., Any]) -> None:
+        self._session, self._compiled = session, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        current = _current.sessions
+        current.append(self._session)
+        _compat.ensure_callbacks(_on_compile_start, _on_compile_end)
+        try:
+            output = self._compiled(*args, **kwargs)
+        finally:
+            current.pop()
+        if self._session.unsettled:
+            self._session.settle()
+        for hook in self._session.after_call:
+            hook(self._session, args, kwargs)
+        return output
+
+
+_compat.never_trace(OptimisedCall.__call__)  # a parent that was optimised too must not trace our bookkeeping
+
+
+class _Current(threading.local):
+    """The sessions whose models are running on this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.sessions: list[Session] = []
+        self.settings: list[contextlib.AbstractContextManager[None]] = []
+
+
+_current = _Current()
+
+
+def _on_compile_start(_: Any) -> None:
+    if not _current.sessions:
+        return  # somebody else's torch.compile
+    _current.sessions[-1].unsettled = True
+    settings = _compat.dynamo_settings()
+    settings.__enter__()
+    _current.settings.append(settings)
+
+
+def _on_compile_end(_: Any) -> None:
+    if _current.settings:
+        _current.settings.pop().__exit__(None, None, None)
