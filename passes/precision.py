@@ -1,9 +1,113 @@
-"""A recipe to casts."""
+"""Precision: casts placed in the graph, after fusing, so that fused ops keep float32 inside.
+
+float32 Parameters stay the master weights. Matmuls, convolutions and attention run in the low dtype,
+activations travel in it, the residual stream included; norms read it and keep float32 weights and
+statistics; softmax, losses, reductions and every op that `dtype_policy` does not know run in float32. What
+was not float32 in the captured graph (integers, float64, a model or an autocast region that is low already)
+is left alone, and outputs keep their dtype.
+"""
 
 from __future__ import annotations
 
-from fusekit.passes.region import Region
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fusekit.passes.canonicalise import bodies
+from fusekit.passes.lowering import Lowering
+from fusekit.passes.propagate import dtype_of, propagate, tensors_of
+from fusekit.passes.region import Fusion, InputCast, Region
+from fusekit.passes.tf32 import allow_tf32
+
+LOW_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def place_casts(region: Region) -> None:
-    """Leaves the region as it is."""
+    """Apply `region.settings.precision` to the graph, its checkpoint bodies and the fusions' eager graphs."""
+    precision = region.settings.precision
+    if precision == "tf32":
+        allow_tf32(region)
+    elif precision in LOW_DTYPES:
+        _lower_region(region, LOW_DTYPES[precision])
+
+
+def _lower_region(region: Region, low: torch.dtype) -> None:
+    sites = [
+        (n, _input_values(n))
+        for body in bodies(region.module)
+        for n in body.graph.nodes
+        if "fusion" in n.meta
+    ]
+    lowering = Lowering(region.module, low, parameters=_cacheable_parameters(region.module.graph))
+    for node in region.module.graph.find_nodes(op="placeholder"):
+        own = node.meta.get("parameter") or "_buffers[" in node.meta.get("source", "")
+        if not own and dtype_of(node) == torch.float32:
+            lowering.settled.add(node)  # a user's float32 input is an activation
+    lowering.run()
+    lowering.restore_outputs()
+    placeholders = list(region.module.graph.find_nodes(op="placeholder"))
+    region.input_casts += [
+        InputCast(source=placeholders.index(source), target=placeholders.index(target), dtype=low)
+        for source, target in lowering.parameter_casts.items()
+    ]
+    for body in bodies(region.module):
+        body.graph.lint()
+        body.recompile()
+    for node, captured in sites:
+        _lower_site(node, captured, low)
+
+
+def _cacheable_parameters(graph: fx.Graph) -> set[fx.Node]:
+    """float32 Parameters that the graph does not write to, so that one copy serves all their readers."""
+    written = set()
+    for node in graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            written |= {_storage(t) for n in node.all_input_nodes for t in tensors_of(n.meta.get("val"))}
+    return {
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if node.meta.get("parameter")
+        and node.meta["val"].dtype == torch.float32
+        and _storage(node.meta["val"]) not in written
+    }
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _input_values(node: fx.Node) -> list[Any]:
+    """Values of a node's tensor arguments, in order: the first inputs of its eager graph."""
+    values: list[Any] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: values.append(n.meta["val"]))
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _lower_site(node: fx.Node, captured: list[Any], low: torch.dtype) -> None:
+    """Bring what a fusion replaced to the dtypes the fused node now has, for parity and for reverting."""
+    fusion: Fusion = node.meta["fusion"]
+    results = tensors_of(node.meta["val"])
+    fusion.dtype = str(results[0].dtype).removeprefix("torch.")
+    if fusion.eager is None:
+        return
+    _complete(fusion.eager, captured)
+    lowering = Lowering(fusion.eager, low)
+    for placeholder, value in zip(
+        fusion.eager.graph.find_nodes(op="placeholder"), _input_values(node), strict=False
+    ):
+        lowering.give(placeholder, value)
+    lowering.run()
+    lowering.restore_outputs(results[0].dtype)
+    fusion.eager.graph.lint()
+    fusion.eager.recompile()
+
+
+def _complete(module: fx.GraphModule, inputs: list[Any]) -> None:
+    """meta["val"] where a copied subgraph has none."""
+    for placeholder, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=False):
+        placeholder.meta.setdefault("val", value)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            propagate(node)

@@ -1,0 +1,270 @@
+"""One graph brought to a low dtype, node by node.
+
+A float32 value is either *settled*, the result of a float32 op on activations or a user's input: arithmetic
+with a low partner promotes, as under autocast; or free, a parameter, buffer, embedding, constant, or made of
+these alone (RoPE's cosines): then it is cast down to its partner. Each value is cast once, however many read
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fusekit.passes import _compat
+from fusekit.passes.canonicalise import call_checkpoint
+from fusekit.passes.dtype_policy import Policy, mutates, overflows, policy_of, takes_dtype
+from fusekit.passes.propagate import dtype_of, faking, propagate
+
+aten = torch.ops.aten
+_VIEWS = (aten.reshape, aten.view)
+
+
+class Lowering:
+    """A graph on its way to the low dtype; a checkpoint's body is lowered with the graph that calls it.
+
+    original: dtypes as captured. What was not float32 then is never cast.
+    parameters: placeholders whose low copy is an input of its own, so that it can be made once per update.
+    parameter_casts: those copies, by the placeholder they are copies of.
+    """
+
+    def __init__(self, module: fx.GraphModule, low: torch.dtype, parameters: Iterable[fx.Node] = ()) -> None:
+        self.module, self.graph, self.low = module, module.graph, low
+        self.original = {node: dtype_of(node) for node in self.graph.nodes}
+        self.parameters = set(parameters)
+        self.parameter_casts: dict[fx.Node, fx.Node] = {}
+        self.settled: set[fx.Node] = set()
+        self._changed: set[fx.Node] = set()
+        self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self._full_precision = 0  # open autocast(enabled=False) blocks
+
+    def give(self, placeholder: fx.Node, value: Any) -> None:
+        """What the caller now passes for this placeholder."""
+        placeholder.meta["val"] = value
+        self._changed.add(placeholder)
+
+    def run(self) -> None:
+        grad_enabled = torch.is_grad_enabled()
+        try:
+            for node in list(self.graph.nodes):
+                if node.op == "call_function" and not self._is_boundary(node):
+                    self._lower(node)
+        finally:
+            torch.set_grad_enabled(grad_enabled)
+
+    def restore_outputs(self, dtype: torch.dtype | None = None) -> None:
+        """Cast results back to the dtypes they were captured in, or all to `dtype`."""
+        output = self.graph.output_node()
+        for node in output.all_input_nodes:
+            wanted = dtype or self.original.get(node)
+            if isinstance(node.meta.get("val"), Tensor) and wanted is not None and dtype_of(node) != wanted:
+                output.replace_input_with(node, self._cast(node, wanted, output))
+                self._drop_view(node)
+
+    def _is_boundary(self, node: fx.Node) -> bool:
+        """Grad mode and autocast nodes: no cast is shared across one."""
+        if node.target is _compat.set_grad_enabled:
+            torch.set_grad_enabled(bool(node.args[0]))
+        elif node.target is _compat.enter_autocast:
+            self._full_precision += not node.args[2]
+        elif node.target is _compat.exit_autocast:
+            self._full_precision -= not node.args[0].args[2]  # type: ignore[union-attr]
+        else:
+            return False
+        self._casts.clear()
+        return True
+
+    def _lower(self, node: fx.Node) -> None:
+        full = self._full_precision or node.meta.get("full_precision")
+        policy = Policy.FLOAT32 if full else policy_of(node, self.low)
+        if node.target is call_checkpoint:
+            self._lower_checkpoint(node)
+        elif mutates(node):
+            self._match_destination(node, policy)
+            self._casts.clear()  # a copy made before the write is stale after it
+            self._update(node)
+        elif policy in (Policy.LOW, Policy.NORM):
+            self._bring_down(node, node.all_input_nodes if policy is Policy.LOW else _nodes(node.args[:2]))
+            self._update(node)
+        elif policy is Policy.FLOAT32:
+            self._bring_up(node)  # inputs as captured, so the value is as well
+        elif policy is not Policy.CAST or not self._drop_cast(node):
+            if policy is Policy.FLOW:
+                self._meet(node)
+            self._update(node)
+        if overflows(node, self.low) or any(
+            n in self.settled or dtype_of(n) == self.low for n in node.all_input_nodes
+        ):
+            self.settled.add(node)
+
+    def _update(self, node: fx.Node) -> None:
+        if any(n in self._changed for n in node.all_input_nodes):
+            propagate(node)
+            self._changed.add(node)
+
+    def _is_lowered(self, node: fx.Node) -> bool:
+        return self.original.get(node, torch.float32) == torch.float32 and dtype_of(node) == self.low
+
+    def _is_single(self, node: fx.Node) -> bool:
+        return self.original.get(node, torch.float32) == torch.float32 and dtype_of(node) == torch.float32
+
+    def _bring_down(self, node: fx.Node, inputs: Iterable[fx.Node]) -> None:
+        for source in inputs:
+            if self._is_single(source) and not _is_mask(node, source):
+                self._replace(node, source, self._cast_down(source, node))
+
+    def _bring_up(self, node: fx.Node) -> None:
+        lowered = [n for n in node.all_input_nodes if self._is_lowered(n)]
+        if lowered and takes_dtype(node.target):
+            _accumulate_in_float32(node)
+            return
+        for source in lowered:
+            self._replace(node, source, self._cast(source, torch.float32, node))
+
+    def _meet(self, node: fx.Node) -> None:
+        """Elementwise: free inputs follow a low partner; settled ones promote it, as ATen does by itself."""
+        single = [n for n in node.all_input_nodes if self._is_single(n) and n.meta["val"].dim()]
+        lowered = any(self._is_lowered(n) for n in node.all_input_nodes)
+        if not lowered or any(n in self.settled for n in single):
+            return
+        for source in single:
+            self._replace(node, source, self._cast_down(source, node))
+
+    def _match_destination(self, node: fx.Node, policy: Policy) -> None:
+        """In place: the destination keeps its dtype. ATen converts elementwise operands; others are cast."""
+        if policy is Policy.FLOW or not isinstance(node.target, torch._ops.OpOverload):
+            return
+        destination, *others = node.all_input_nodes
+        wanted = dtype_of(destination)
+        for source in others:
+            if wanted is not None and (self._is_lowered(source) or self._is_single(source)):
+                self._replace(node, source, self._cast(source, wanted, node))
+
+    def _drop_cast(self, node: fx.Node) -> bool:
+        """A user's cast that has nothing left to do; one of a parameter to low is the parameter's copy."""
+        source, *others = node.all_input_nodes
+        if others or self.original[node] != self.low or source.meta["val"].device != node.meta["val"].device:
+            return False
+        if self._is_single(source) and self._is_parameter(source):
+            replacement = self._cast_down(source, node)
+        elif self._is_lowered(source):
+            replacement = source
+        else:
+            return False
+        node.replace_all_uses_with(replacement)
+        self.graph.erase_node(node)
+        return True
+
+    def _is_parameter(self, source: fx.Node) -> bool:
+        """A parameter, or a view of one that needs nothing else."""
+        while source not in self.parameters:
+            if source.op != "call_function" or len(source.all_input_nodes) != 1 or mutates(source):
+                return False
+            if policy_of(source, self.low) is not Policy.MOVE:
+                return False
+            source = source.all_input_nodes[0]
+        return True
+
+    def _cast_down(self, source: fx.Node, before: fx.Node) -> fx.Node:
+        """`source` in the low dtype; of a view of a parameter the same view of its copy."""
+        if source in self.parameters:
+            return self._parameter_cast(source)
+        if (source, self.low) not in self._casts and self._is_parameter(source):
+            self._casts[source, self.low] = self._again(
+                source, self._cast_down(source.all_input_nodes[0], before), before
+            )
+        return self._cast(source, self.low, before)
+
+    def _again(self, view: fx.Node, base: fx.Node, before: fx.Node) -> fx.Node:
+        """The op of `view` on another base."""
+        with self.graph.inserting_before(before):
+            again = self.graph.node_copy(view, lambda n: base if n is view.all_input_nodes[0] else n)
+        propagate(again)
+        self._changed.add(again)
+        return again
+
+    def _parameter_cast(self, source: fx.Node) -> fx.Node:
+        if source not in self.parameter_casts:
+            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
+                target = self.graph.placeholder(f"{source.name}_low")
+            with faking(source):
+                value = source.meta["val"].detach().to(self.low)
+                value.requires_grad_(source.meta["val"].requires_grad)
+            target.meta = {**source.meta, "val": value, "parameter": False}
+            self.parameter_casts[source] = target
+            self._changed.add(target)
+        return self.parameter_casts[source]
+
+    def _cast(self, source: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+        if (source, dtype) in self._casts:
+            return self._casts[source, dtype]
+        if dtype == torch.float32 and getattr(source.target, "overloadpacket", None) in _VIEWS:
+            # Logits are often returned, and flattened for the loss: one float32 copy serves both.
+            self._casts[source, dtype] = self._again(
+                source, self._cast(source.all_input_nodes[0], dtype, before), before
+            )
+        else:
+            with self.graph.inserting_before(before):
+                cast = self.graph.call_function(aten.to.dtype, (source, dtype))
+            cast.meta = {k: v for k, v in source.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            propagate(cast)
+            self._changed.add(cast)
+            self._casts[source, dtype] = cast
+        if dtype == torch.float32:
+            self.settled.add(self._casts[source, dtype])
+        return self._casts[source, dtype]
+
+    def _replace(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        node.replace_input_with(old, new)
+        self._drop_view(old)
+        if "fusion_inputs" in node.meta:
+            node.meta["fusion_inputs"] = [new if n is old else n for n in node.meta["fusion_inputs"]]
+
+    def _drop_view(self, node: fx.Node) -> None:
+        if not node.users and getattr(node.target, "overloadpacket", None) in _VIEWS:
+            self.graph.erase_node(node)
+
+    def _lower_checkpoint(self, node: fx.Node) -> None:
+        body: fx.GraphModule = getattr(self.module, str(node.args[0].target))  # type: ignore[union-attr]
+        inputs = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True))
+        child = Lowering(body, self.low, {p for p, arg in inputs.items() if arg in self.parameters})
+        for placeholder, arg in inputs.items():
+            if isinstance(arg, fx.Node):
+                if arg in self._changed:
+                    child.give(placeholder, arg.meta["val"])
+                if arg in self.settled:
+                    child.settled.add(placeholder)
+        child.run()
+        for placeholder in child.parameter_casts:
+            node.args = (*node.args, self._parameter_cast(inputs[placeholder]))
+        results = body.graph.output_node().args[0]
+        node.meta["val"] = fx.map_arg(results, lambda n: n.meta["val"])
+        self._changed.add(node)
+
+
+def _accumulate_in_float32(node: fx.Node) -> None:
+    """Let a reduction read low and accumulate in float32: no float32 copy of its input is made."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    position = [a.name for a in arguments].index("dtype")
+    if not arguments[position].kwarg_only and len(node.args) > position:
+        if node.args[position] is None:
+            node.update_arg(position, torch.float32)
+    elif node.kwargs.get("dtype") is None:
+        node.update_kwarg("dtype", torch.float32)
+
+
+def _is_mask(node: fx.Node, source: fx.Node) -> bool:
+    """An additive mask stays float32: finfo(float32).min would round to minus infinity."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is aten.scaled_dot_product_attention or getattr(node.target, "_opname", "") == "attention":
+        return source is (node.args[3] if len(node.args) > 3 else None) or source in (
+            node.kwargs.get("attn_mask"), node.kwargs.get("mask"),
+        )  # fmt: skip
+    return False
+
+
+def _nodes(values: Iterable[Any]) -> list[fx.Node]:
+    return [v for v in values if isinstance(v, fx.Node)]
