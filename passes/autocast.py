@@ -85,6 +85,9 @@ class _Walk:
         state = self._state_for(node)
         if state is None:
             return
+        if not state.enabled:
+            node.meta["full_precision"] = True  # the user wrote autocast(enabled=False) around it
+            return
         if not isinstance(node.target, torch._ops.OpOverload):
             if isinstance(node.target, _compat.HigherOrderOperator):
                 node.target = UnderAutocast(node.target, state)
@@ -99,14 +102,14 @@ class _Walk:
             self._insert(node, casts, state)
 
     def _state_for(self, node: fx.Node) -> _State | None:
-        """The innermost autocast for the node's device, if it is enabled."""
+        """The innermost autocast for the node's device."""
         devices = {
             v.device.type for v in tree_leaves(_values((node.args, node.kwargs))) if isinstance(v, Tensor)
         }
         opaque = isinstance(node.target, _compat.HigherOrderOperator)
         for state in reversed(self.states):
             if state.device in devices or opaque:
-                return state if state.enabled else None
+                return state
         return None
 
     def _insert(self, node: fx.Node, casts: _Casts, state: _State) -> None:

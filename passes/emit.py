@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import bodies, call_checkpoint, copy_graph
 from fusekit.passes.region import Region
+from fusekit.passes.weights import cast_parameters
 
 
 def emit(region: Region) -> None:
@@ -34,9 +35,7 @@ def graph_inputs(region: Region, args: Sequence[Any]) -> Sequence[Any]:
     """What the region's graph takes, from what Dynamo passes: the cast copies of parameters are added."""
     if not region.input_casts:
         return args
-    from fusekit.passes.weights import cast_parameters
-
-    return cast_parameters(args, region.input_casts)
+    return cast_parameters(args, region.input_casts, region.weights)
 
 
 @contextlib.contextmanager

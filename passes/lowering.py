@@ -39,7 +39,6 @@ class Lowering:
         self.settled: set[fx.Node] = set()
         self._changed: set[fx.Node] = set()
         self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-        self._full_precision = 0  # open autocast(enabled=False) blocks
 
     def give(self, placeholder: fx.Node, value: Any) -> None:
         """What the caller now passes for this placeholder."""
@@ -65,21 +64,15 @@ class Lowering:
                 self._drop_view(node)
 
     def _is_boundary(self, node: fx.Node) -> bool:
-        """Grad mode and autocast nodes: no cast is shared across one."""
-        if node.target is _compat.set_grad_enabled:
-            torch.set_grad_enabled(bool(node.args[0]))
-        elif node.target is _compat.enter_autocast:
-            self._full_precision += not node.args[2]
-        elif node.target is _compat.exit_autocast:
-            self._full_precision -= not node.args[0].args[2]  # type: ignore[union-attr]
-        else:
+        """A grad mode node: no cast is shared across one."""
+        if node.target is not _compat.set_grad_enabled:
             return False
+        torch.set_grad_enabled(bool(node.args[0]))
         self._casts.clear()
         return True
 
     def _lower(self, node: fx.Node) -> None:
-        full = self._full_precision or node.meta.get("full_precision")
-        policy = Policy.FLOAT32 if full else policy_of(node, self.low)
+        policy = Policy.FLOAT32 if _full_precision(node) else policy_of(node, self.low)
         if node.target is call_checkpoint:
             self._lower_checkpoint(node)
         elif mutates(node):
@@ -254,6 +247,13 @@ def _accumulate_in_float32(node: fx.Node) -> None:
             node.update_arg(position, torch.float32)
     elif node.kwargs.get("dtype") is None:
         node.update_kwarg("dtype", torch.float32)
+
+
+def _full_precision(node: fx.Node) -> bool:
+    """The user wrote autocast(enabled=False) around the node, or around a node it replaces."""
+    fusion = node.meta.get("fusion")
+    replaced = fusion.eager.graph.nodes if fusion is not None and fusion.eager is not None else ()
+    return any(n.meta.get("full_precision", False) for n in (node, *replaced))
 
 
 def _is_mask(node: fx.Node, source: fx.Node) -> bool:

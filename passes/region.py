@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fusekit.passes.config import Config
+from fusekit.passes.weights import WeightCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ class Region:
     fusions: list[Fusion] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     input_casts: list[InputCast] = field(default_factory=list)
+    weights: WeightCache = field(default_factory=WeightCache)
     notes: list[str] = field(default_factory=list)
     run: Callable[..., Any] | None = None
 

@@ -25,13 +25,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fusekit.passes.region import InputCast
+if TYPE_CHECKING:
+    from fusekit.passes.region import InputCast
 
 SAMPLES = 16  # elements compared per parameter on the CPU
 

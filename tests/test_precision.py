@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from fusekit.passes.autocast import materialise_autocast
 from fusekit.passes.canonicalise import bodies, canonicalise
 from fusekit.passes.config import Config
 from fusekit.passes.precision import place_casts
@@ -34,6 +35,7 @@ class Lowered:
             region = Region(
                 module=canonicalise(module, inputs), settings=Settings(precision=precision), config=Config()
             )
+            materialise_autocast(region)
             place_casts(region)
             self.regions.append(region)
             return lambda *args: region.module(*cast_parameters(args, region.input_casts, self.cache))
@@ -274,6 +276,33 @@ def test_a_view_of_a_parameter_reads_the_cached_copy() -> None:
     model = Fn(lambda m, x: torch.addmm(m.b, x, m.w.t()), w=weight, b=bias)
     compiled, _ = lowered(model, torch.randn(4, 8))
     assert len(compiled.regions[0].input_casts) == 2 and compiled.casts() == {BF16: 1, F32: 1}
+
+
+def test_a_block_without_autocast_stays_in_float32() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, m.w)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(y, m.v)
+
+    model = Fn(forward, w=nn.Parameter(torch.randn(8, 8)), v=nn.Parameter(torch.randn(8, 8)))
+    compiled, _ = lowered(model, torch.randn(4, 8))
+    assert compiled.dtypes(aten.linear) == [BF16, F32]
+
+
+@pytest.mark.parametrize("precision", ["keep", "bf16"])
+def test_ambient_autocast_is_honoured_and_completed(precision: str) -> None:
+    model, tokens, targets = _gpt(), torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(tokens, targets)
+        compiled, (low_logits, low_loss) = lowered(model, tokens, targets, precision=precision)
+    assert (low_logits.dtype, low_loss.dtype) == (logits.dtype, loss.dtype) == (BF16, F32)
+    assert torch.allclose(low_loss, loss, rtol=2e-3)
+    assert set(compiled.dtypes(aten.linear)) == {BF16}
+    low_loss.backward()
+    weights_cast_in_graph = [
+        n for n in compiled.nodes() if n.target is aten.to.dtype and n.args[0].op == "placeholder"
+    ]
+    assert bool(weights_cast_in_graph) == (precision == "keep")
 
 
 def test_tf32_on_a_cpu_is_a_note() -> None:
