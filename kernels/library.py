@@ -63,7 +63,9 @@ def _autocast_kernel(overload: Any, device: str, key: str, policy: str) -> Calla
         dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(device)
 
         def cast(value: Any) -> Any:
-            eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            eligible = (
+                isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            )
             return value.to(dtype) if eligible else value
 
         with torch._C._ExcludeDispatchKeyGuard(excluded):
@@ -72,9 +74,13 @@ def _autocast_kernel(overload: Any, device: str, key: str, policy: str) -> Calla
     return kernel
 
 
-def refuse_double_backward(name: str, grads: tuple[Tensor | None, ...]) -> None:
-    """Raise where somebody differentiates through a backward pass; call it first in every Function.backward."""
-    if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
+def refuse_double_backward(name: str, *_: Any) -> None:
+    """Raise where somebody differentiates through a backward pass; call it first in every Function.backward.
+
+    Gradients are on inside a backward pass only under create_graph=True. Asking whether the incoming ones need
+    a gradient would miss gradient penalties, where what needs one is the saved input.
+    """
+    if torch.is_grad_enabled():
         raise RuntimeError(
             f"fusekit: {name} has no second derivative. Leave it unfused where you need one: "
             f"fusekit.optimize(model, fuse=[...]) without {name!r}, or FUSEKIT_DISABLE={name}"

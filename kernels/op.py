@@ -29,9 +29,10 @@ class Op:
     fused: the differentiable op under torch.ops.fusekit.
     reference: the same function in plain PyTorch, any floating dtype; it defines the result.
     samples: samples(device, dtype) yields Sample; small ones for tests, bench=True ones for benchmarks.
-    supports: supports(*args) returns None, or why not, as a sentence. Looks at shapes, dtypes, devices; never data.
+    supports: supports(*args) returns None, or why not, as a sentence; it never looks at data.
     flops: flops(*args) returns the forward pass's floating point operations.
-    inherent: a low-precision intermediate is part of the method (P in attention), so parity allows 2.5 floors.
+    inherent: a low-precision intermediate is part of the method (P in attention), so parity allows 2.5
+        floors; "grad" where that is true of the gradients only.
     """
 
     fused: Callable[..., Any]
@@ -39,7 +40,7 @@ class Op:
     samples: Callable[[torch.device | str, torch.dtype], Iterable[Sample]]
     supports: Callable[..., str | None]
     flops: Callable[..., int]
-    inherent: bool = False
+    inherent: bool | str = False
 
 
 def not_runnable(*tensors: Tensor | None) -> str | None:

@@ -11,7 +11,7 @@ What is asked of a result stands in `criterion.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def check(
     *,
     dtype: torch.dtype,
     terms: int,
-    inherent: bool | Collection[str] = False,
+    inherent: bool | str = False,
     tf32: bool = False,
     products: Mapping[str, Tensor] | None = None,
 ) -> list[Verdict]:
@@ -90,7 +90,8 @@ def check(
         fused, eager, truth: of `results_and_grads`; truth in float64.
         dtype: what the op computes in; a result may be wider (float32 weights of a bfloat16 norm).
         terms: K, the longest sum behind a result, for instance `longest_sum(args)`.
-        inherent: whether the method has a low-precision intermediate; or names of the results behind one.
+        inherent: whether the method has a low-precision intermediate; a string is the prefix of the results
+            behind one ("grad").
         tf32: matmul operands were cut to TF32, so float32 results are judged by TF32's error.
         products: sum|a||b| for those results that are plain matrix products.
 
@@ -104,7 +105,7 @@ def check(
                 failed(name, f"{name} is missing from the {'eager' if name in fused else 'fused'} run")
             )
             continue
-        loose = inherent if isinstance(inherent, bool) else name in inherent
+        loose = inherent if isinstance(inherent, bool) else name.startswith(inherent)
         case = Case(
             name, fused[name], eager[name], exact, dtype, terms, loose, tf32, (products or {}).get(name)
         )
