@@ -15,6 +15,9 @@ from torch import Tensor
 from fusekit.kernels.launch import recording
 
 LIBRARY = torch.library.Library("fusekit", "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def define(
@@ -40,8 +43,16 @@ def define(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=tags)
+
+    def run_without_autocast(*args: Any, **kwargs: Any) -> Any:
+        # A backward pass inside `with autocast` would cast the float32 matmuls within the op.
+        if not torch._C._is_any_autocast_enabled():
+            return run(*args, **kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return run(*args, **kwargs)
+
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+        LIBRARY.impl(name, run_without_autocast, key)
 
     def fake_or_record(*args: Any, **kwargs: Any) -> Any:
         return (run if recording() else fake)(*args, **kwargs)
