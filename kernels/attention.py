@@ -1,0 +1,250 @@
+r"""Scaled dot-product attention that never stores the scores.
+
+    S = scale q k^T + mask,   P = softmax(S) over the keys,   y = dropout(P) v
+    dv = dropout(P)^T dy,   dP = dropout'(dy v^T),   delta = rowsum(dy * y),   dS = P (dP - delta)
+    dq = scale dS k,   dk = scale dS^T q
+
+Dao 2023, "FlashAttention-2", arXiv:2307.08691; query heads share keys and values as in Ainslie et al. 2023, "GQA",
+arXiv:2305.13245. Saved for backward: q, k, v, y and one or two float32 a row; S and P are computed again.
+A row that a boolean mask (or -inf) leaves no key has y = 0 and no gradient, as in torch's own attention; a row of
+finfo.min in an additive mask is shared out evenly, as softmax does.
+Dropout draws number ((b H + h) Tq + i) Tk + j of Philox for element (b, h, i, j), forward and backward.
+Shapes: q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), any strides; H a multiple of Hkv.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels import attention_kernels, attention_native, philox
+from fusekit.kernels.launch import on_gpu
+from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.op import Op, Sample, not_runnable
+
+MAX_FEATURES = 256
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    seed_offset: int = 0,
+    tf32: bool = False,
+) -> Tensor:
+    """The definition, scores and all. P is rounded to q.dtype before it meets v, which low precision cannot avoid."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q.to(precise) @ k.to(precise).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(precise)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    p = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    if dropout:
+        draws = philox.uniform(_drawn(seed), p.numel(), p.device, seed_offset=seed_offset).view(p.shape)
+        p = p.masked_fill(draws < dropout, 0.0) / (1.0 - dropout)
+    return p.to(q.dtype) @ v
+
+
+def _drawn(seed: Tensor | None) -> Tensor:
+    if seed is None:
+        raise ValueError("attention: dropout needs a seed, one int64 element on the device of q")
+    return seed
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    dropout: float, seed: Tensor | None, seed_offset: int, tf32: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if on_gpu(q):
+        return attention_kernels.forward(q, k, v, mask, causal, scale, dropout, seed, seed_offset, tf32)
+    return attention_native.forward(q, k, v, mask, causal, scale, dropout, seed, seed_offset)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    B, H, Tq, _ = q.shape
+    out = q.new_empty((B, Tq, H, v.shape[-1])).transpose(1, 2)
+    two = mask is not None and mask.dtype != torch.bool
+    return out, q.new_empty((1 + two, B, H, Tq), dtype=torch.float32)
+
+
+def _backward(
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, mask: Tensor | None,
+    causal: bool, scale: float, dropout: float, seed: Tensor | None, seed_offset: int, tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    settings = (mask, causal, scale, dropout, seed, seed_offset)
+    if on_gpu(q):
+        return attention_kernels.backward(grad_output, q, k, v, out, stats, *settings, tf32)
+    return attention_native.backward(grad_output, q, k, v, out, stats, *settings)
+
+
+def _backward_fake(grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
+
+
+_SETTINGS = "Tensor? mask, bool causal, float scale, float dropout, Tensor? seed, int seed_offset, bool tf32"
+_forward_op = define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", _forward, _forward_fake
+)
+_backward_op = define(
+    "attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+        mask, causal, scale, dropout, seed, seed_offset, tf32 = settings
+        out, stats = _forward_op(q, k, v, *settings)
+        ctx.save_for_backward(q, k, v, out, stats, mask, seed)
+        ctx.numbers = causal, scale, dropout, seed_offset, tf32
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward("attention", (grad_output,))
+        q, k, v, out, stats, mask, seed = ctx.saved_tensors
+        causal, scale, dropout, seed_offset, tf32 = ctx.numbers
+        settings = (mask, causal, scale, dropout, seed, seed_offset, tf32)
+        grads = _backward_op(grad_output, q, k, v, out, stats, *settings)
+        wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None, None, None, None, None
+
+
+def _settings(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None,
+    dropout: float = 0.0, seed: Tensor | None = None, seed_offset: int = 0, tf32: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    why_not = supports(q, k, v, mask, causal, scale, dropout, seed, seed_offset, tf32)
+    if why_not is not None:
+        raise ValueError(f"attention: {why_not}")
+    return mask, causal, q.shape[-1] ** -0.5 if scale is None else scale, dropout, seed, seed_offset, tf32
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _forward_op(q, k, v, *_settings(q, k, v, *args, **kwargs))[0]
+
+
+def _autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _Attention.apply(q, k, v, *_settings(q, k, v, *args, **kwargs))
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _forward_fake(q, k, v, None)[0]
+
+
+fused = define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, float? scale=None, "
+    "float dropout=0.0, Tensor? seed=None, int seed_offset=0, bool tf32=False) -> Tensor",
+    _run,
+    _fake,
+    autograd=_autograd,
+    autocast="lower",
+)
+
+
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    seed_offset: int = 0,
+    tf32: bool = False,
+) -> str | None:
+    """None, or why these arguments cannot be fused."""
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        return f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dimensions, not four: (batch, heads, length, features)"
+    if not (q.dtype == k.dtype == v.dtype):
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype"
+    (B, H, Tq, D), (_, kv_heads, Tk, _), DV = q.shape, k.shape, v.shape[-1]
+    if k.shape[0] != B or v.shape[0] != B or k.shape[-1] != D or v.shape[1] != kv_heads or v.shape[2] != Tk:
+        return f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)} differ in batch, length or features"
+    if kv_heads < 1 or H % kv_heads:
+        return f"{H} query heads are no multiple of {kv_heads} key heads"
+    if D < 1 or DV < 1 or D > MAX_FEATURES or DV > MAX_FEATURES:
+        return f"heads of {max(D, DV)} features are outside 1 to {MAX_FEATURES}"
+    if not 0.0 <= dropout < 1.0:
+        return f"dropout {dropout} is not in [0, 1)"
+    if dropout and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
+        return "dropout needs a seed, one int64 element on the device of q"
+    return _mask_unfit(q, k, mask) or not_runnable(q, k, v)
+
+
+def _mask_unfit(q: Tensor, k: Tensor, mask: Tensor | None) -> str | None:
+    if mask is None:
+        return None
+    if mask.dtype not in (torch.bool, torch.float32, torch.float16, torch.bfloat16):
+        return f"a mask is boolean or floating, not {str(mask.dtype).removeprefix('torch.')}"
+    if mask.requires_grad:
+        return "the mask needs a gradient, which this kernel does not compute; a learned bias stays unfused"
+    if mask.device != q.device:
+        return f"tensors are on different devices: {q.device} and {mask.device}"
+    scores = (*q.shape[:-1], k.shape[-2])
+    fits = zip(reversed(mask.shape), reversed(scores), strict=False)
+    if mask.ndim > 4 or any(size != 1 and size != wanted for size, wanted in fits):
+        return f"mask {_shape(mask)} does not broadcast to the scores {tuple(scores)}"
+    return None
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, *rest: Any) -> int:
+    """Two matmuls; a causal mask spares the scores above the diagonal."""
+    (B, H, Tq, D), Tk, DV = q.shape, k.shape[-2], v.shape[-1]
+    square = min(Tq, Tk)
+    pairs = Tq * Tk - (square * (square - 1) // 2 + square * (Tk - square)) if causal else Tq * Tk
+    return 2 * B * H * pairs * (D + DV)
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Lengths a few blocks long and no multiple of one, every kind of mask, shared heads, odd features."""
+
+    def heads(B: int, T: int, H: int, D: int) -> Tensor:  # what .view(B, T, H, D).transpose(1, 2) gives
+        x = torch.randn(B, T, H, D, generator=generator, dtype=torch.float32)
+        return x.to(device, dtype).transpose(1, 2).requires_grad_()
+
+    def qkv(B: int, H: int, kv_heads: int, Tq: int, Tk: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+        return heads(B, Tq, H, D), heads(B, Tk, kv_heads, D), heads(B, Tk, kv_heads, D)
+
+    generator = torch.Generator().manual_seed(0)
+    yield Sample(name="plain", args=qkv(1, 2, 2, 70, 70, 64))
+    yield Sample(name="causal", args=(*qkv(2, 2, 2, 133, 133, 40), None, True))
+    yield Sample(name="causal, grouped, longer keys", args=(*qkv(1, 4, 2, 37, 90, 16), None, True, 0.3))
+    lengths = torch.tensor([61, 30]).view(2, 1, 1, 1)
+    padding = (torch.arange(61) < lengths).to(device)
+    yield Sample(name="padding mask", args=(*qkv(2, 2, 1, 61, 61, 32), padding))
+    empty_row = (torch.rand(1, 2, 50, 75, generator=generator) < 0.5).index_fill(2, torch.tensor([7]), False)
+    yield Sample(name="mask with an empty row", args=(*qkv(2, 2, 2, 50, 75, 32), empty_row.to(device)))
+    added = torch.randn(50, 75, generator=generator).to(device, dtype)
+    yield Sample(name="additive mask", args=(*qkv(2, 2, 2, 50, 75, 72), added, False))
+    seed = torch.tensor([1234], device=device)
+    yield Sample(name="dropout", args=(*qkv(1, 2, 2, 65, 65, 32), None, True, None, 0.25, seed, 3))
+    yield Sample(name="empty batch", args=qkv(0, 2, 2, 5, 5, 16))
+    for name, sizes in (("GPT, T=256", (8, 6, 6, 256, 256, 64)), ("Llama, T=2048", (1, 32, 8, 2048, 2048, 128))):
+        yield Sample(name=name, args=(*qkv(*sizes), None, True), bench=True)
+
+
+OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent=True)
