@@ -4,10 +4,10 @@ r"""Scaled dot-product attention that never stores the scores.
     dv = dropout(P)^T dy,   dP = dropout'(dy v^T),   delta = rowsum(dy * y),   dS = P (dP - delta)
     dq = scale dS k,   dk = scale dS^T q
 
-Dao 2023, "FlashAttention-2", arXiv:2307.08691; query heads share keys and values as in Ainslie et al. 2023, "GQA",
+Dao 2023, "FlashAttention-2", arXiv:2307.08691; query heads share keys as in Ainslie et al. 2023, "GQA",
 arXiv:2305.13245. Saved for backward: q, k, v, y and one or two float32 a row; S and P are computed again.
-A row that a boolean mask (or -inf) leaves no key has y = 0 and no gradient, as in torch's own attention; a row of
-finfo.min in an additive mask is shared out evenly, as softmax does.
+A row that a boolean mask (or -inf) leaves no key has y = 0 and no gradient, as in torch's own attention; a
+row of finfo.min in an additive mask is shared out evenly, as softmax does.
 Dropout draws number ((b H + h) Tq + i) Tk + j of Philox for element (b, h, i, j), forward and backward.
 Shapes: q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), any strides; H a multiple of Hkv.
 """
@@ -41,15 +41,18 @@ def reference(
     seed_offset: int = 0,
     tf32: bool = False,
 ) -> Tensor:
-    """The definition, scores and all. P is rounded to q.dtype before it meets v, which low precision cannot avoid."""
+    """The definition, scores and all. P is rounded to q.dtype where it meets v, as a matmul needs it."""
     precise = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q.to(precise) @ k.to(precise).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q.to(precise) @ k.to(precise).transpose(-1, -2) * scale
     if causal:
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(precise)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask.to(precise)
     empty = (scores == -math.inf).all(-1, keepdim=True)
     p = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     if dropout:
@@ -98,7 +101,9 @@ def _backward_fake(grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: 
 
 _SETTINGS = "Tensor? mask, bool causal, float scale, float dropout, Tensor? seed, int seed_offset, bool tf32"
 _forward_op = define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", _forward, _forward_fake
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
 )
 _backward_op = define(
     "attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
@@ -129,8 +134,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _settings(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None,
-    dropout: float = 0.0, seed: Tensor | None = None, seed_offset: int = 0, tf32: bool = False,
+    q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None = None, causal: bool = False, scale: float | None = None, dropout: float = 0.0,
+    seed: Tensor | None = None, seed_offset: int = 0, tf32: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     why_not = supports(q, k, v, mask, causal, scale, dropout, seed, seed_offset, tf32)
     if why_not is not None:
@@ -174,10 +180,10 @@ def supports(
 ) -> str | None:
     """None, or why these arguments cannot be fused."""
     if not (q.ndim == k.ndim == v.ndim == 4):
-        return f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dimensions, not four: (batch, heads, length, features)"
+        return f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dimensions, not (batch, heads, length, features)"
     if not (q.dtype == k.dtype == v.dtype):
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype"
-    (B, H, Tq, D), (_, kv_heads, Tk, _), DV = q.shape, k.shape, v.shape[-1]
+    (B, H, _, D), (_, kv_heads, Tk, _), DV = q.shape, k.shape, v.shape[-1]
     if k.shape[0] != B or v.shape[0] != B or k.shape[-1] != D or v.shape[1] != kv_heads or v.shape[2] != Tk:
         return f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)} differ in batch, length or features"
     if kv_heads < 1 or H % kv_heads:
@@ -186,9 +192,13 @@ def supports(
         return f"heads of {max(D, DV)} features are outside 1 to {MAX_FEATURES}"
     if not 0.0 <= dropout < 1.0:
         return f"dropout {dropout} is not in [0, 1)"
-    if dropout and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
+    if dropout and not _is_seed(seed, q.device):
         return "dropout needs a seed, one int64 element on the device of q"
     return _mask_unfit(q, k, mask) or not_runnable(q, k, v)
+
+
+def _is_seed(seed: Tensor | None, device: torch.device) -> bool:
+    return seed is not None and seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device
 
 
 def _mask_unfit(q: Tensor, k: Tensor, mask: Tensor | None) -> str | None:
@@ -211,7 +221,9 @@ def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, *rest: Any) -> int:
+def flops(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, *rest: Any
+) -> int:
     """Two matmuls; a causal mask spares the scores above the diagonal."""
     (B, H, Tq, D), Tk, DV = q.shape, k.shape[-2], v.shape[-1]
     square = min(Tq, Tk)
@@ -243,8 +255,8 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     seed = torch.tensor([1234], device=device)
     yield Sample(name="dropout", args=(*qkv(1, 2, 2, 65, 65, 32), None, True, None, 0.25, seed, 3))
     yield Sample(name="empty batch", args=qkv(0, 2, 2, 5, 5, 16))
-    for name, sizes in (("GPT, T=256", (8, 6, 6, 256, 256, 64)), ("Llama, T=2048", (1, 32, 8, 2048, 2048, 128))):
-        yield Sample(name=name, args=(*qkv(*sizes), None, True), bench=True)
+    yield Sample(name="GPT, T=256", args=(*qkv(8, 6, 6, 256, 256, 64), None, True), bench=True)
+    yield Sample(name="Llama, T=2048", args=(*qkv(1, 32, 8, 2048, 2048, 128), None, True), bench=True)
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent=True)

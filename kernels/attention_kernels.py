@@ -1,13 +1,13 @@
 r"""Triton kernels of `attention`, and their launchers: one forward, two backward, no atomics.
 
-Each program owns the rows it writes: a block of queries in `_forward_kernel` and `_grad_query_kernel`, a block of
-keys in `_grad_key_value_kernel`, which walks all query heads that share those keys. Scores live in registers only, in
-units of log2, so that the softmax is one exp2 an element.
+Each program owns the rows it writes: a block of queries in `_forward_kernel` and `_grad_query_kernel`, a
+block of keys in `_grad_key_value_kernel`, which walks all query heads that share those keys. Scores live in
+registers only, in units of log2, so that the softmax is one exp2 an element.
 
 What the forward pass leaves for the backward pass is `stats`, (1 or 2, B, H, Tq) in float32:
-    no mask or a boolean one   [log2 sum exp2(scores)], +inf for a row without keys, so that its P comes out as zero;
-    an additive mask           [the largest score, log2 sum exp2(scores - largest)]. Apart, because next to a score of
-                               -3e38 (a row masked with finfo.min) the sum would be rounded away.
+    no mask or a boolean one   [log2 sum exp2(scores)], +inf for a row without keys: its P comes out as zero;
+    an additive mask           [the largest score, log2 sum exp2(scores - largest)], apart, because next to a
+                               score of -3e38 (a row masked with finfo.min) the sum would be rounded away.
 Shape suffixes: M queries, N keys, D and DV features.
 """
 
@@ -82,7 +82,8 @@ def _forward_blocks(
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
     Tq, Tk, scale_log2, seed, head_index, dropout,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -93,7 +94,7 @@ def _forward_blocks(
                 scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, Tq, Tk, MASK, CAUSAL, BOUNDED
             )
         new_largest = tl.maximum(largest, tl.max(scores, 1))
-        # A row may have met no key yet; then -inf - -inf would make a NaN. Without a mask key 0 is always met first.
+        # A masked row may have met no key yet, and -inf - -inf is NaN. Without a mask every row meets key 0.
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASK != 0 else new_largest
         p = tl.exp2(scores - base[:, None])
         rescale = tl.exp2(largest - base)
@@ -121,7 +122,8 @@ def _forward_kernel(
     block = blocks - 1 - tl.program_id(0) % blocks  # causal: the longest rows start first
     batch, head = head_index // H, head_index % H
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr + _head_offset(stride_qb, stride_qh, batch, head), m, stride_qm, stride_qd, Tq, D, BLOCK_D)
+    q_ptr += _head_offset(stride_qb, stride_qh, batch, head)
+    q = _load_rows(q_ptr, m, stride_qm, stride_qd, Tq, D, BLOCK_D)
     k_ptr += _head_offset(stride_kb, stride_kh, batch, head // GROUP)
     v_ptr += _head_offset(stride_vb, stride_vh, batch, head // GROUP)
     if MASK != 0:
@@ -132,7 +134,7 @@ def _forward_kernel(
 
     last = tl.minimum(Tk, (block + 1) * BLOCK_M) if CAUSAL else Tk
     whole = tl.minimum(Tk, block * BLOCK_M + 1) if CAUSAL else Tk
-    whole = whole // BLOCK_N * BLOCK_N  # blocks before this need neither the causal test nor the end of the keys
+    whole = whole // BLOCK_N * BLOCK_N  # blocks before this need no causal test and end before the keys do
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -191,12 +193,14 @@ def _grad_query_kernel(
     batch, head = head_index // H, head_index % H
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = head_index.to(tl.int64) * Tq + m
-    dy = _load_rows(dy_ptr + _head_offset(stride_yb, stride_yh, batch, head), m, stride_ym, stride_yd, Tq, DV, BLOCK_DV)
+    dy_ptr += _head_offset(stride_yb, stride_yh, batch, head)
+    dy = _load_rows(dy_ptr, m, stride_ym, stride_yd, Tq, DV, BLOCK_DV)
     out_ptr += (batch.to(tl.int64) * Tq * H + head) * DV
     out = _load_rows(out_ptr, m, H * DV, 1, Tq, DV, BLOCK_DV)
     delta = tl.sum(dy.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + rows, delta, mask=m < Tq)
-    q = _load_rows(q_ptr + _head_offset(stride_qb, stride_qh, batch, head), m, stride_qm, stride_qd, Tq, D, BLOCK_D)
+    q_ptr += _head_offset(stride_qb, stride_qh, batch, head)
+    q = _load_rows(q_ptr, m, stride_qm, stride_qd, Tq, D, BLOCK_D)
     k_ptr += _head_offset(stride_kb, stride_kh, batch, head // GROUP)
     v_ptr += _head_offset(stride_vb, stride_vh, batch, head // GROUP)
     if MASK != 0:
@@ -236,18 +240,19 @@ def _grad_key_value_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # dv = P^T dy,  dk = scale dS^T q, summed over the query heads of the group. Tiles are held transposed, (N, M), so
-    # that both products take them as the left operand. One masked loop: split in two, triton 3.6 serialises wgmma.
+    # dv = P^T dy,  dk = scale dS^T q, summed over the query heads of the group. Tiles are held transposed,
+    # (N, M), so that both products take them as the left operand. One masked loop: split in two, triton 3.6
+    # serialises wgmma.
     blocks = tl.cdiv(Tk, BLOCK_N)
     kv_index = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks  # causal: the first keys are seen by the most queries, and start first
     KV_HEADS = H // GROUP
     batch, kv_head = kv_index // KV_HEADS, kv_index % KV_HEADS
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = _load_rows(k_ptr + _head_offset(stride_kb, stride_kh, batch, kv_head), n, stride_kn, stride_kd, Tk, D, BLOCK_D)
-    v = _load_rows(
-        v_ptr + _head_offset(stride_vb, stride_vh, batch, kv_head), n, stride_vn, stride_vd, Tk, DV, BLOCK_DV
-    )
+    k_ptr += _head_offset(stride_kb, stride_kh, batch, kv_head)
+    v_ptr += _head_offset(stride_vb, stride_vh, batch, kv_head)
+    k = _load_rows(k_ptr, n, stride_kn, stride_kd, Tk, D, BLOCK_D)
+    v = _load_rows(v_ptr, n, stride_vn, stride_vd, Tk, DV, BLOCK_DV)
     if DROPOUT:
         seed = tl.load(seed_ptr) + seed_offset
 
@@ -289,8 +294,8 @@ def _grad_key_value_kernel(
     _store_rows(dv_ptr, n, KV_HEADS * DV, dv, Tk, DV, BLOCK_DV)
 
 
-# Block of queries, block of keys, warps, stages by kernel and padded head dimension: no spills and asynchronous wgmma
-# on sm_90 with triton 3.6 and 3.8. float32 products run on the FMA units, whose operands sit in registers.
+# Block of queries, block of keys, warps, stages by kernel and padded head dimension. float32 products run on
+# the FMA units, whose operands sit in registers.
 CONFIGS = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
     "grad_query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
@@ -313,16 +318,15 @@ def _blocks(kernel: str, q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
 
 
 def _constants(
-    q: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, tf32: bool, block_m: int, block_n: int
-) -> dict[str, object]:
+    q: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, tf32: bool,
+    block_m: int, block_n: int,
+) -> dict[str, object]:  # fmt: skip
     D, DV = q.shape[-1], v.shape[-1]
-    if mask is None:
-        kind = NO_MASK
-    else:
-        kind = BOOL_MASK if mask.dtype == torch.uint8 else ADDITIVE_MASK
+    given = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.uint8 else ADDITIVE_MASK
     return {
-        "D": D, "DV": DV, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV), "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "MASK": kind, "CAUSAL": causal, "DROPOUT": dropout > 0.0, "PRECISION": "tf32" if tf32 else "ieee",
+        "D": D, "DV": DV, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV),
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "MASK": given, "CAUSAL": causal,
+        "DROPOUT": dropout > 0.0, "PRECISION": "tf32" if tf32 else "ieee",
     }  # fmt: skip
 
 
@@ -356,14 +360,15 @@ def forward(
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, mask: Tensor | None, causal: bool,
-    scale: float, dropout: float, seed: Tensor | None, seed_offset: int, tf32: bool,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, mask: Tensor | None,
+    causal: bool, scale: float, dropout: float, seed: Tensor | None, seed_offset: int, tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, each laid out as (B, T, H, D)."""
     (B, H, Tq, D), (_, kv_heads, Tk, DV) = q.shape, v.shape
     mask, mask_strides = _broadcast(mask, q, k)
     delta = stats.new_empty((B, H, Tq))
-    dq, dk, dv = q.new_empty((B, Tq, H, D)), k.new_empty((B, Tk, kv_heads, D)), v.new_empty((B, Tk, kv_heads, DV))
+    dq = q.new_empty((B, Tq, H, D))
+    dk, dv = k.new_empty((B, Tk, kv_heads, D)), v.new_empty((B, Tk, kv_heads, DV))
     strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *mask_strides)
     numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, scale, scale * LOG2E, dropout, seed_offset)
 

@@ -1,9 +1,9 @@
-r"""`attention` on a CPU: torch's blocked flash kernel where it applies, matmuls and a softmax where it does not.
+r"""`attention` on a CPU: torch's blocked flash kernel where it applies, else matmuls and a softmax.
 
-The flash kernel takes shared key heads, strides and any mask that broadcasts, but a boolean mask only as 0 and -inf.
-It is asked to work in float32 where oneDNN has no 16-bit matrix units, since its 16-bit products then run in scalar
-code: B=8 H=6 T=256 D=64 causal on an AVX2 machine, one thread, bfloat16 forward and backward, 17 and 289 ms as
-it comes, 17 and 39 ms through float32 (which also spares the rounding of P).
+The flash kernel takes shared key heads, strides and any mask that broadcasts, but a boolean mask only as 0
+and -inf. It is asked to work in float32 where oneDNN has no 16-bit matrix units, since its 16-bit products
+then run in scalar code: B=8 H=6 T=256 D=64 causal on an AVX2 machine, one thread, bfloat16, forward and
+backward, 17 and 289 ms as it comes, 17 and 39 ms through float32 (which also spares the rounding of P).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusekit.kernels import philox
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# exp(S - lse) with a large lse has lost what float32 cannot hold next to it: such rows get their softmax again.
+# exp(S - lse) with a large lse has lost what float32 cannot hold next to it: then softmax is done again.
 LARGEST_LSE = 1024.0
 
 
@@ -27,7 +27,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
     dropout: float, seed: Tensor | None, seed_offset: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, H, Tq, Dv) in (B, Tq, H, Dv) memory, and stats: lse, with a second plane for an additive mask."""
+    """out (B, H, Tq, Dv) in (B, Tq, H, Dv) memory, and stats: lse, and a plane more with an additive mask."""
     B, H, Tq, _ = q.shape
     out = q.new_empty((B, Tq, H, v.shape[-1])).transpose(1, 2)
     stats = q.new_zeros((1 + (mask is not None and mask.dtype != torch.bool), B, H, Tq), dtype=torch.float32)
@@ -106,9 +106,7 @@ def _precise(x: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     """(H, T, D) as (Hkv, G T, D): the query heads of a group become rows of one matmul."""
-    return _precise(x).reshape(kv_heads, -1, x.shape[-1]) if x.numel() else _precise(x).new_zeros(
-        (kv_heads, x.shape[0] // kv_heads * x.shape[1], x.shape[-1])
-    )
+    return _precise(x).reshape(kv_heads, x.shape[0] // kv_heads * x.shape[1], x.shape[-1])
 
 
 def _shared(x: Tensor, heads: int) -> Tensor:
@@ -127,8 +125,8 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
     p = scores.softmax(-1)
     if mask is not None and Tk:
-        p.masked_fill_(scores.amax(-1, keepdim=True) == -math.inf, 0.0)  # softmax made NaN of rows without keys
-    return p.view(kv_heads, -1 if p.numel() else H // kv_heads * Tq, Tk)
+        p.masked_fill_(scores.amax(-1, keepdim=True) == -math.inf, 0.0)  # rows without keys: NaN so far
+    return p.view(kv_heads, H // kv_heads * Tq, Tk)
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor | None, seed_offset: int, b: int) -> Tensor:

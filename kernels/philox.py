@@ -1,7 +1,7 @@
 r"""The random numbers of Triton's `tl.rand`, in plain PyTorch, bit for bit.
 
-Philox4x32-10 turns a 64-bit seed and a 64-bit element index into four 32-bit words, of which `tl.rand` keeps the
-first. Nothing is stored or stepped, so a backward pass draws the forward pass's numbers again.
+Philox4x32-10 turns a 64-bit seed and a 64-bit element index into four 32-bit words, of which `tl.rand` keeps
+the first. Nothing is stored or stepped, so a backward pass draws the forward pass's numbers again.
 
 Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC '11.
 """
@@ -19,7 +19,9 @@ TO_UNIT = 4.6566127342e-10  # the largest float32 that keeps 2**31 - 1 below one
 CHUNK = 1 << 15  # elements at a time: the five int64 words of the state then stay in the cache
 
 
-def uniform(seed: Tensor, count: int, device: torch.device, *, start: int = 0, seed_offset: int = 0) -> Tensor:
+def uniform(
+    seed: Tensor, count: int, device: torch.device, *, start: int = 0, seed_offset: int = 0
+) -> Tensor:
     """What `tl.rand(seed + seed_offset, start + i)` returns for i in 0..count-1.
 
     Args:
@@ -42,7 +44,7 @@ def uniform(seed: Tensor, count: int, device: torch.device, *, start: int = 0, s
 
 
 def _first_word(key: Tensor, index: Tensor) -> Tensor:
-    # The words are unsigned 32-bit numbers held in int64: products wrap modulo 2**64, which keeps all 64 bits, and
+    # Words are unsigned 32-bit numbers held in int64: products wrap modulo 2**64, keeping every bit, and
     # masking after the arithmetic shift yields the upper half.
     multiply_a, multiply_b = MULTIPLIERS
     k0, k1 = key & WORD, (key >> 32) & WORD
