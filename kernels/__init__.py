@@ -3,11 +3,12 @@
 if __name__ != "fusekit.kernels":
     raise ImportError("the folder kernels is the package fusekit.kernels: run `pip install -e .` and import that")
 
-from fusekit.kernels import add_layer_norm, add_rms_norm, attention
+from fusekit.kernels import add_layer_norm, add_rms_norm, attention, linear_act
 from fusekit.kernels.op import Op
 
 OPS: dict[str, Op] = {
     "add_layer_norm": add_layer_norm.OP,
     "add_rms_norm": add_rms_norm.OP,
     "attention": attention.OP,
+    "linear_act": linear_act.OP,
 }

@@ -1,0 +1,412 @@
+r"""Linear layer with its activation and residual sum, in one matrix product.
+
+    z = x @ weight.T + bias
+    y = act(z) + residual
+
+Shape suffixes: M rows (tokens, the leading dimensions of x), N output features, K input features. e is the dtype's
+bytes. Activations and their sources: activations.py.
+
+Forward, GPU: one product; bias, activation and residual ride in its epilogue in float32, so y is rounded once.
+Saved for backward: x and weight, and z (rounded to x's dtype) where act' needs it: not for "none", and ReLU reads
+its own output, which the next layer keeps anyway. Bytes: (MK + NK + MN) e, + MN e for z, + MN e for a residual.
+
+Backward, GPU: dz = dy * act'(z) is one pass, (2 MN read + MN written) e, in which the bias gradient's partial sums
+ride; "none" has dz = dy and needs the pass only for the bias. Then grad_input = dz @ weight and
+grad_weight = dz.T @ x by the same kernel. dz is not folded into the loads of these products: each of K/128 column
+blocks would evaluate act' again, and the operand would go through registers, off wgmma's shared-memory path, for a
+pass that costs a few percent of the two products. Every sum has a fixed order: no atomics, the same bits each run.
+
+CPU: where the processor multiplies x's dtype (AMX, AVX512-BF16/FP16) oneDNN does; elsewhere float32 products on
+widened copies do (2048 x 384 x 1536 in bfloat16, one thread of an AVX2 processor: 31 ms against 315 ms of eager's,
+and one rounding instead of two). Activations run over blocks of rows that stay in cache.
+
+`inherent`: tensor cores take dz in x's dtype, so the gradients carry two roundings (1.4 floors), as eager's do, and
+z is saved rounded. The output itself is rounded once on the GPU; on a CPU that multiplies bfloat16 z is rounded too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusekit.kernels._triton import tl, triton
+from fusekit.kernels.activations import ACTIVATIONS
+from fusekit.kernels.gemm import matmul, sum_partials
+from fusekit.kernels.launch import launch, on_gpu
+from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.op import Op, Sample, not_runnable
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+    tf32: bool = False,
+) -> Tensor:
+    """The same in plain PyTorch; accumulates in at least float32 and rounds once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    y = ACTIVATIONS[act].reference(z)
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
+
+
+@triton.jit
+def _dact_kernel(
+    dy_ptr, saved_ptr, dz_ptr, partial_ptr, M, N, rows_per_program, stride_dy,
+    BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * rows_per_program
+    last = min(first + rows_per_program, M)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for row in range(first, last, BLOCK_M):
+        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask = (rows < last)[:, None] & (columns < N)[None, :]
+        offsets = rows[:, None] * N + columns[None, :]
+        dz = tl.load(dy_ptr + rows[:, None] * stride_dy + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if saved_ptr is not None:
+            saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dz = BACKWARD(dz, saved)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if partial_ptr is not None:
+            total += tl.sum(dz, axis=0)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * N + columns, total, mask=columns < N)
+
+
+DACT_BLOCK_M, DACT_BLOCK_N, DACT_WARPS = 16, 128, 4
+DACT_PROGRAMS = 1024  # about 8 of 4 warps for each of 132 multiprocessors
+
+
+def _dact(grad: Tensor, saved: Tensor | None, act: str, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """dz (M, N), grad itself where act is "none", and the float32 (P, N) partial sums of its columns."""
+    M, N = grad.shape
+    dz = None if saved is None else torch.empty((M, N), dtype=grad.dtype, device=grad.device)
+    blocks = triton.cdiv(N, DACT_BLOCK_N)
+    steps = triton.cdiv(M, DACT_BLOCK_M)
+    per_program = triton.cdiv(steps, max(1, min(steps, DACT_PROGRAMS // max(blocks, 1))))
+    programs = max(1, triton.cdiv(steps, max(1, per_program)))
+    partials = grad.new_empty((programs, N), dtype=torch.float32) if with_bias else None
+    if dz is not None or partials is not None:
+        launch(
+            _dact_kernel, (blocks, programs), grad, saved, dz, partials, M, N, per_program * DACT_BLOCK_M,
+            grad.stride(0), BACKWARD=ACTIVATIONS[act].kernel_backward,
+            BLOCK_M=DACT_BLOCK_M, BLOCK_N=DACT_BLOCK_N, num_warps=DACT_WARPS,
+        )  # fmt: skip
+    return (grad if dz is None else dz), partials
+
+
+def _ask_tf32(x: Tensor, tf32: bool) -> bool:
+    return x.dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _forward_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str, tf32: bool, y: Tensor, z: Tensor | None
+) -> None:
+    bias = None if bias is None else bias.contiguous()
+    matmul(x, weight.t(), y, bias=bias, act=act, residual=residual, z=z, tf32=_ask_tf32(x, tf32))
+
+
+def _backward_triton(
+    grad: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, act: str, tf32: bool,
+    grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    dz, partials = _dact(grad, saved, act, grad_bias is not None)
+    tf32 = _ask_tf32(dz, tf32)
+    if partials is not None and grad_bias is not None:
+        sum_partials(partials, grad_bias)
+    if grad_input is not None:
+        matmul(dz, weight, grad_input, tf32=tf32)
+    if grad_weight is not None:
+        matmul(dz.t(), x, grad_weight, tf32=tf32)
+
+
+ROW_BLOCK_BYTES = 1 << 21  # of float32 z: such a block and its temporaries stay in a core's cache
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has matrix products of `dtype` that beat float32's."""
+    if dtype == torch.float32:
+        return True
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return fast and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _row_blocks(M: int, N: int) -> Iterator[slice]:
+    rows = max(64, ROW_BLOCK_BYTES // (4 * max(N, 1)))
+    return (slice(start, min(start + rows, M)) for start in range(0, M, rows))
+
+
+def _forward_native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str, tf32: bool, y: Tensor, z: Tensor | None
+) -> None:
+    M, N = y.shape
+    product = y if z is None else z
+    whole = _multiplies(x.dtype)
+    if whole:
+        _affine(x, weight, bias, product)
+        if act == "none" and residual is None:
+            return
+    else:
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    for block in _row_blocks(M, N):
+        if whole:
+            wide = product[block].float()
+        else:
+            wide = torch.empty((block.stop - block.start, N))
+            _affine(x[block].float(), weight, bias, wide)
+            if z is not None:
+                z[block] = wide
+        out = y[block] if y.dtype == torch.float32 else wide
+        ACTIVATIONS[act].cpu(wide, out)
+        if residual is not None:
+            out += residual[block]
+        if out is wide:
+            y[block] = wide
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _backward_native(
+    grad: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, act: str, tf32: bool,
+    grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    M, N = grad.shape
+    if _multiplies(grad.dtype):
+        dz = grad if saved is None else torch.empty((M, N), dtype=grad.dtype)
+        for block in _row_blocks(M, N) if saved is not None else ():
+            wide = grad[block].float()
+            target = dz[block] if dz.dtype == torch.float32 else wide
+            ACTIVATIONS[act].cpu_backward(wide, saved[block].float(), target)
+            if target is wide:
+                dz[block] = wide
+        if grad_input is not None:
+            torch.mm(dz, weight, out=grad_input)
+        if grad_weight is not None:
+            torch.mm(dz.t(), x, out=grad_weight)
+        if grad_bias is not None:
+            torch.sum(dz, 0, out=grad_bias)
+        return
+    weight = weight.float()
+    wide_weight = torch.zeros_like(weight) if grad_weight is not None else None
+    wide_bias = torch.zeros(N) if grad_bias is not None else None
+    for block in _row_blocks(M, N):
+        dz = grad[block].float()
+        if saved is not None:
+            ACTIVATIONS[act].cpu_backward(dz, saved[block].float(), dz)
+        if grad_input is not None:
+            grad_input[block] = dz @ weight
+        if wide_weight is not None:
+            wide_weight.addmm_(dz.t(), x[block].float())
+        if wide_bias is not None:
+            wide_bias += dz.sum(0)
+    if grad_weight is not None:
+        grad_weight.copy_(wide_weight)
+    if grad_bias is not None:
+        grad_bias.copy_(wide_bias)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., F) as (M, F); a copy only where no strides describe it."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _optional_rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _rows(x)
+
+
+def _stores_z(act: str, residual: Tensor | None) -> bool:
+    return act != "none" and (residual is not None or not ACTIVATIONS[act].from_output)
+
+
+def _empty_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str, tf32: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save and _stores_z(act, residual) else (0,))
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str, tf32: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    y, z = _empty_forward(x, weight, bias, residual, act, tf32, save)
+    stored = _rows(z) if save and _stores_z(act, residual) else None
+    run = _forward_triton if on_gpu(x) else _forward_native
+    run(_rows(x), weight, bias, _optional_rows(residual), act, tf32, _rows(y), stored)
+    return y, z
+
+
+def _empty_backward(
+    grad_output: Tensor, x: Tensor | None, weight: Tensor, saved: Tensor | None, act: str, tf32: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, K = weight.shape
+    none = (0,)
+    return (
+        grad_output.new_empty((*grad_output.shape[:-1], K) if needs[0] else none),
+        torch.empty_like(weight) if needs[1] else weight.new_empty(none),  # in weight's strides: no copy later
+        weight.new_empty((N,) if needs[2] else none),
+    )
+
+
+def _backward(
+    grad_output: Tensor, x: Tensor | None, weight: Tensor, saved: Tensor | None, act: str, tf32: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _empty_backward(grad_output, x, weight, saved, act, tf32, needs)
+    grad_input, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    run = _backward_triton if on_gpu(grad_output) else _backward_native
+    run(_rows(grad_output), _optional_rows(x), weight, _optional_rows(saved), act, tf32,
+        _optional_rows(grad_input), grad_weight, grad_bias)  # fmt: skip
+    return grads
+
+
+forward_op = define(
+    "linear_act_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str act, bool tf32, bool save)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _empty_forward,
+)
+backward_op = define(
+    "linear_act_backward(Tensor grad_output, Tensor? x, Tensor weight, Tensor? saved, str act, bool tf32,"
+    " bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _empty_backward,
+)
+
+
+class _LinearAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, residual: Any, act: str, tf32: bool) -> Tensor:
+        ctx.act, ctx.tf32 = act, tf32
+        ctx.needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+        y, z = forward_op(x, weight, bias, residual, act, tf32, any(ctx.needs))
+        saved = None
+        if act != "none" and any(ctx.needs):
+            saved = z if _stores_z(act, residual) else y
+        ctx.save_for_backward(x if ctx.needs[1] else None, weight, saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, saved = ctx.saved_tensors
+        refuse_double_backward("linear_act", (grad_output, x, weight))
+        grads: list[Tensor | None] = [None, None, None]
+        if any(ctx.needs):
+            computed = backward_op(grad_output, x, weight, saved, ctx.act, ctx.tf32, ctx.needs)
+            grads = [grad if need else None for grad, need in zip(computed, ctx.needs, strict=True)]
+        return *grads, (grad_output if ctx.needs_input_grad[3] else None), None, None
+
+
+def _check(*args: Any) -> None:
+    reason = supports(*args)
+    if reason is not None:
+        raise ValueError(f"linear_act: {reason}")
+
+
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none", tf32: bool = False
+) -> Tensor:
+    _check(x, weight, bias, residual, act, tf32)
+    return forward_op(x, weight, bias, residual, act, tf32, False)[0]
+
+
+def _differentiable(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none", tf32: bool = False
+) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _fused(x, weight, bias, residual, act, tf32)
+    _check(x, weight, bias, residual, act, tf32)
+    return _LinearAct.apply(x, weight, bias, residual, act, tf32)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none", tf32: bool = False
+) -> Tensor:
+    _check(x, weight, bias, residual, act, tf32)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none", tf32: bool = False
+) -> str | None:
+    """None, or why linear_act does not run on these arguments."""
+    if act not in ACTIVATIONS:
+        return f"activation {act!r} is none of {', '.join(ACTIVATIONS)}"
+    if x.dim() == 0 or weight.dim() != 2:
+        return f"x {tuple(x.shape)} needs a last dimension of features and weight {tuple(weight.shape)} two dimensions"
+    if x.shape[-1] != weight.shape[1]:
+        return f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in input features; weight is (N, K)"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        return f"bias {tuple(bias.shape)} is not ({weight.shape[0]},), one value per output feature"
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        expected = (*x.shape[:-1], weight.shape[0])
+        return f"residual {tuple(residual.shape)} is not of the output's shape {expected}; expand it first"
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            return f"x is {x.dtype} and {name} is {tensor.dtype}; cast one of them, or call under torch.autocast"
+    return not_runnable(x, weight, bias, residual)
+
+
+fused = define(
+    "linear_act(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str act='none', bool tf32=False)"
+    " -> Tensor",
+    _fused,
+    _fake,
+    autograd=_differentiable,
+    autocast="lower",
+)
+
+
+def flops(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none", tf32: bool = False
+) -> int:
+    return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Small: ragged, several blocks, every activation and optional argument. bench: GPT blocks' two linears."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype).requires_grad_()
+
+    def case(name: str, lead: tuple[int, ...], N: int, K: int, act: str = "none", *, bias: bool = True,
+             residual: bool = False, bench: bool = False) -> Sample:  # fmt: skip
+        x, weight = make(*lead, K), make(N, K, scale=K**-0.5)
+        extra = (make(N) if bias else None, make(*lead, N) if residual else None)
+        return Sample(args=(x, weight, *extra, act), name=name, bench=bench)
+
+    for act in ACTIVATIONS:
+        yield case(act, (3, 43), 150, 70, act)
+    yield case("bare", (129,), 67, 33, bias=False)
+    yield case("residual", (2, 70), 96, 136, residual=True)
+    yield case("gelu_residual", (2, 70), 72, 65, "gelu_tanh", residual=True)
+    yield case("relu_residual_no_bias", (65,), 72, 65, "relu", bias=False, residual=True)
+    yield case("vector", (), 70, 40, "silu")
+    yield case("empty_batch", (0, 5), 24, 16, "gelu_tanh")
+    x, weight = make(70, 2, 65), make(65, 130, scale=0.12)
+    strided = x.detach().transpose(0, 1).requires_grad_()
+    yield Sample(args=(strided, weight.detach().t().requires_grad_(), make(130), None, "gelu"), name="strided_conv1d")
+    for rows, K, N in ((2048, 384, 1536), (2048, 1024, 4096)):
+        yield case(f"{rows}x{K}x{N}", (rows,), N, K, "gelu_tanh", bench=True)
+        yield case(f"{rows}x{N}x{K}_residual", (rows,), K, N, residual=True, bench=True)
+
+
+OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent=True)
