@@ -3,11 +3,11 @@ r"""One tiled matrix product for all three of a linear layer, any strides, with 
     output = act(a @ b + bias) + residual          a (M, K), b (K, N), float32 accumulator, one rounding
 
 Transposes are strides, so grad_input = dz @ weight and grad_weight = dz.T @ x are the same kernel. Without an
-epilogue, K may be split over programs: each writes a float32 partial and a second pass adds them in order, so the
-result is the same every run. Programs are grouped so that neighbours share rows of a and columns of b in L2.
+epilogue, K may be split over programs: each writes a float32 partial and a second pass adds them in order, so
+the result is the same every run. Programs are grouped so that neighbours share rows of a and columns of b.
 
-TILES holds what compiles clean for sm_80, sm_90 and sm_100 with Triton 3.6 and 3.8: no spill, and no wgmma that
-ptxas serialises, which on Triton 3.6 rules out the textbook 128 x 256 tile with 8 warps.
+TILES holds what compiles clean for sm_80, sm_90 and sm_100 with Triton 3.6 and 3.8: no spill, and no wgmma
+that ptxas serialises, which on Triton 3.6 rules out the textbook 128 x 256 tile with 8 warps.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _gemm_kernel(
     block_m = group * GROUP_M + within % group_rows
     block_n = within // group_rows
 
-    # Rows and columns past the end wrap around instead of being masked: the loop stays free of predicates, and
-    # what they compute is not stored. 64-bit rows: a row offset may pass 2^31 elements.
+    # Rows and columns past the end wrap around instead of being masked: the loop stays free of predicates,
+    # and what they compute is not stored. 64 bits, since an offset may pass 2^31 elements.
     rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     depth = tl.arange(0, BLOCK_K)
@@ -72,8 +72,9 @@ def _gemm_kernel(
     first = tl.program_id(1) * per_split
     last = min(first + per_split, steps)
 
-    a_ptrs = a_ptr + (rows % M)[:, None] * stride_am + (first * BLOCK_K + depth).to(tl.int64)[None, :] * stride_ak
-    b_ptrs = b_ptr + (first * BLOCK_K + depth).to(tl.int64)[:, None] * stride_bk + (columns % N)[None, :] * stride_bn
+    start = (first * BLOCK_K + depth).to(tl.int64)
+    a_ptrs = a_ptr + (rows % M)[:, None] * stride_am + start[None, :] * stride_ak
+    b_ptrs = b_ptr + start[:, None] * stride_bk + (columns % N)[None, :] * stride_bn
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
         if EVEN_K:
@@ -158,17 +159,19 @@ def matmul(
         tf32: multiply float32 through tensor cores, operands rounded to 10 mantissa bits.
     """
     plain = bias is None and residual is None and z is None and act == "none"
-    if plain and output.stride(0) == 1 and output.stride(1) != 1:  # columns in memory order: the transposed product
+    if plain and output.stride(0) == 1 and output.stride(1) != 1:  # column-major: the transposed product
         a, b, output = b.t(), a.t(), output.t()
     (M, K), N = a.shape, b.shape[1]
     tile, splits = choose(M, N, K, a.dtype, tf32, splittable=plain and output.is_contiguous())
     target = output if splits == 1 else output.new_empty((splits, M, N), dtype=torch.float32)
-    strides = (*a.stride(), *b.stride(), *target.stride()[-2:], *(residual.stride() if residual is not None else (0, 0)))
+    residual_strides = (0, 0) if residual is None else residual.stride()
     launch(
         _gemm_kernel, (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), splits),
-        a, b, target, bias, residual, z, M, N, K, *strides,
-        ACT=ACTIVATIONS[act].kernel, PRECISION="tf32" if tf32 else "ieee", SPLITS=splits, EVEN_K=K % tile.k == 0,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        a, b, target, bias, residual, z, M, N, K,
+        *a.stride(), *b.stride(), *target.stride()[-2:], *residual_strides,
+        ACT=ACTIVATIONS[act].kernel, PRECISION="tf32" if tf32 else "ieee", SPLITS=splits,
+        EVEN_K=K % tile.k == 0, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         sum_partials(target, output)
