@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.lowering import Lowering
-from fusekit.passes.propagate import dtype_of, propagate, tensors_of
+from fusekit.passes.propagate import complete, dtype_of, tensors_of
 from fusekit.passes.region import Fusion, InputCast, Region
 from fusekit.passes.tf32 import allow_tf32
 
@@ -92,7 +92,7 @@ def _lower_site(node: fx.Node, captured: list[Any], low: torch.dtype) -> None:
     fusion.dtype = str(results[0].dtype).removeprefix("torch.")
     if fusion.eager is None:
         return
-    _complete(fusion.eager, captured)
+    complete(fusion.eager, captured)
     lowering = Lowering(fusion.eager, low)
     for placeholder, value in zip(
         fusion.eager.graph.find_nodes(op="placeholder"), _input_values(node), strict=False
@@ -102,12 +102,3 @@ def _lower_site(node: fx.Node, captured: list[Any], low: torch.dtype) -> None:
     lowering.restore_outputs(results[0].dtype)
     fusion.eager.graph.lint()
     fusion.eager.recompile()
-
-
-def _complete(module: fx.GraphModule, inputs: list[Any]) -> None:
-    """meta["val"] where a copied subgraph has none."""
-    for placeholder, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=False):
-        placeholder.meta.setdefault("val", value)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            propagate(node)

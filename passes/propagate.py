@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,15 @@ def propagate(node: fx.Node) -> None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with faking(node):
         node.meta["val"] = node.target(*args, **kwargs)
+
+
+def complete(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Set meta["val"] where a copied subgraph has none."""
+    for placeholder, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=False):
+        placeholder.meta.setdefault("val", value)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            propagate(node)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -21,7 +21,7 @@ def allow_tf32(region: Region) -> None:
             if tensors_of(node.meta["val"])[0].device.type != "cuda":
                 on_cpu = on_cpu or _has_switch(node) or node.target is torch.ops.aten.linear.default
             elif _has_switch(node):
-                node.kwargs = {**node.kwargs, "tf32": True}
+                _switch_on(node)
             elif node.target is torch.ops.aten.linear.default:
                 _linear(body.graph, node)
         body.recompile()
@@ -38,6 +38,14 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
     fused.meta = {k: v for k, v in node.meta.items() if k != "fusion"}
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
+
+
+def _switch_on(node: fx.Node) -> None:
+    position = [a.name for a in node.target._schema.arguments].index("tf32")  # type: ignore[union-attr]
+    if position < len(node.args):
+        node.update_arg(position, True)
+    else:
+        node.update_kwarg("tf32", True)
 
 
 def _has_switch(node: fx.Node) -> bool:

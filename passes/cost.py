@@ -1,0 +1,129 @@
+"""What nodes cost: FLOPs, bytes and seconds, from shapes and a small table of devices.
+
+A node takes the longer of its arithmetic and its memory traffic, plus what starting it costs: a roofline,
+good enough to tell a saved pass over memory from the price of one more Python call, and no better than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fusekit.passes.propagate import tensors_of
+
+aten = torch.ops.aten
+
+# Seconds to start one op, forward pass: an ATen call, and a fused op (dispatcher, autograd.Function,
+# launcher).
+# The CPU pair was measured (one thread, tiny tensors); on a GPU the launch itself is added to both.
+EAGER_OVERHEAD = {"cpu": 3e-6, "cuda": 6e-6}
+FUSED_OVERHEAD = {"cpu": 12e-6, "cuda": 15e-6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Peak rates: FLOP/s of a matmul by dtype, bytes/s of memory."""
+
+    name: str
+    float32: float
+    tf32: float
+    low: float
+    bandwidth: float
+
+
+CPU = Device(name="CPU", float32=1.6e11, tf32=1.6e11, low=1.3e12, bandwidth=1e10)  # one thread, AMX
+GPU = Device(name="unknown GPU", float32=2e13, tf32=8e13, low=1.6e14, bandwidth=1e12)
+GPUS = [
+    Device(name="A100", float32=1.95e13, tf32=1.56e14, low=3.12e14, bandwidth=1.9e12),
+    Device(name="H100", float32=6.7e13, tf32=4.95e14, low=9.89e14, bandwidth=3.3e12),
+    Device(name="H200", float32=6.7e13, tf32=4.95e14, low=9.89e14, bandwidth=4.8e12),
+]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes moved of one or more nodes, and their time without what starting them costs."""
+
+    flops: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.seconds + other.seconds)
+
+
+def device_of(value: Any) -> Device:
+    """The table's entry for the device a fake tensor is on."""
+    tensors = tensors_of(value)
+    if not tensors or tensors[0].device.type != "cuda":
+        return CPU
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((device for device in GPUS if device.name in name), GPU)
+
+
+def node_cost(node: fx.Node) -> Cost:
+    """Forward cost of one unfused node; views and bookkeeping cost nothing."""
+    value = node.meta.get("val")
+    inputs = [t for n in node.all_input_nodes for t in tensors_of(n.meta.get("val"))]
+    if node.op != "call_function" or not tensors_of(value) or _moves_nothing(node, inputs):
+        return Cost()
+    return roofline(node_flops(node), bytes_of([*inputs, *tensors_of(value)]), value)
+
+
+def roofline(flops: int, moved: int, value: Any, tf32: bool = False) -> Cost:
+    """Cost of `flops` and `moved` bytes on the device and in the dtype of `value`."""
+    device, dtype = device_of(value), tensors_of(value)[0].dtype
+    rate = device.tf32 if tf32 else device.low if dtype in (torch.float16, torch.bfloat16) else device.float32
+    return Cost(flops, moved, max(flops / rate, moved / device.bandwidth))
+
+
+def node_flops(node: fx.Node) -> int:
+    """Multiply-adds counted twice; elementwise ops and reductions count one per element."""
+    result = tensors_of(node.meta["val"])[0]
+    shapes = [n.meta["val"].shape for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in (aten.linear, aten.matmul, aten.mm, aten.bmm):
+        return 2 * size(result) * hint(shapes[0][-1])
+    if packet in (aten.addmm, aten.baddbmm):
+        return 2 * size(result) * hint(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
+    if packet in (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution):
+        return 2 * size(result) * math.prod(hint(n) for n in shapes[1][1:])
+    if packet is aten.scaled_dot_product_attention:
+        keys, features = shapes[1][-2], shapes[0][-1]
+        return 2 * size(result) * hint(keys) + 2 * math.prod(map(hint, shapes[0][:-1])) * hint(keys) * hint(
+            features
+        )
+    return max([size(result), *(math.prod(map(hint, s)) for s in shapes)])
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' own elements; what is expanded is not there twice."""
+    return sum(t.element_size() * _stored(t) for t in tensors)
+
+
+def size(t: Tensor) -> int:
+    return hint(t.numel())
+
+
+def hint(number: Any) -> int:
+    """A size as a number: a symbolic one by the value it was captured with."""
+    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else int(number)
+
+
+def _stored(t: Tensor) -> int:
+    return math.prod(
+        hint(n) for n, stride in zip(t.shape, t.stride(), strict=True) if hint(stride) or hint(n) < 2
+    )
+
+
+def _moves_nothing(node: fx.Node, inputs: list[Tensor]) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True  # getitem, grad mode
+    memory = {t.untyped_storage()._cdata for t in inputs}
+    results = tensors_of(node.meta["val"])
+    return not node.target._schema.is_mutable and all(t.untyped_storage()._cdata in memory for t in results)
