@@ -85,12 +85,14 @@ def roofline(flops: int, moved: int, value: Any, tf32: bool = False) -> Cost:
 def node_flops(node: fx.Node) -> int:
     """Multiply-adds counted twice; elementwise ops and reductions count one per element."""
     result = tensors_of(node.meta["val"])[0]
-    shapes = [n.meta["val"].shape for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    values: list[Any] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: values.append(n.meta.get("val")))
+    shapes = [v.shape for v in values if isinstance(v, Tensor)]
     packet = getattr(node.target, "overloadpacket", None)
     if packet in (aten.linear, aten.matmul, aten.mm, aten.bmm):
         return 2 * size(result) * hint(shapes[0][-1])
     if packet in (aten.addmm, aten.baddbmm):
-        return 2 * size(result) * hint(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
+        return 2 * size(result) * hint(shapes[1][-1])
     if packet in (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution):
         return 2 * size(result) * math.prod(hint(n) for n in shapes[1][1:])
     if packet is aten.scaled_dot_product_attention:
