@@ -28,12 +28,6 @@ def costly_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "FUSED_OVERHEAD", {"cpu": 1.0, "cuda": 1.0})
 
 
-@pytest.fixture
-def free_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("EAGER_OVERHEAD", "FUSED_OVERHEAD"):
-        monkeypatch.setattr(cost, name, {"cpu": 0.0, "cuda": 0.0})
-
-
 class AddNorm(nn.Module):
     def __init__(self, features: int = 32) -> None:
         super().__init__()
@@ -97,7 +91,7 @@ def targets(region: Region) -> list[Any]:
     return [n.target for n in region.module.graph.nodes if n.op == "call_function"]
 
 
-def test_a_site_that_pays_stays_and_learns_its_gain(free_start: None) -> None:
+def test_a_site_that_pays_stays_and_learns_its_gain() -> None:
     region, _ = captured(AddNorm(), torch.randn(4, 32))
     price(region)
     (fusion,) = region.fusions
@@ -127,7 +121,9 @@ def test_a_site_that_does_not_pay_goes_back(costly_start: None, precision: str) 
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_sizes_decide() -> None:
+def test_sizes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "EAGER_OVERHEAD", {"cpu": 3e-6})
+    monkeypatch.setattr(cost, "FUSED_OVERHEAD", {"cpu": 12e-6})
     for rows, stays in ((1, False), (4096, True)):
         region, _ = captured(AddNorm(256), torch.randn(rows, 256))
         price(region)
