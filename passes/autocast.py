@@ -3,7 +3,7 @@
 Under autocast a captured graph holds `linear(float32, float32) -> bfloat16`: the casts happen below, in the
 dispatcher, where no rule sees them and where a fused op would be handed uncast values. Which casts an op gets
 is not looked up in a table but observed: it runs on its fake inputs with autocast on and off, and the extra
-casts are its autocast. An op that casts other things than its arguments (einsum: views of them) keeps autocast.
+casts are its autocast. An op that casts other things than its arguments (einsum: views) keeps autocast.
 
 Casts of parameters are shared within one autocast region, as autocast's weight cache shares them; casts of
 activations are not: sharing one would sum its gradients in the low precision.
