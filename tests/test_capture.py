@@ -217,7 +217,9 @@ def _transformers() -> dict[str, Callable[[Any], tuple[nn.Module, Batch]]]:
         return t.BertForMaskedLM(t.BertConfig(vocab_size=64, max_position_embeddings=16, **small)), words
 
     def vit(t: Any) -> Any:
-        model = t.ViTForImageClassification(t.ViTConfig(image_size=8, patch_size=4, num_labels=3, **small))
+        config = t.ViTConfig(image_size=8, patch_size=4, num_labels=3, **small)
+        config.problem_type = "single_label_classification"  # else the first call sets it, and changes the guards
+        model = t.ViTForImageClassification(config)
         return model, lambda step: {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 2])}
 
     def t5(t: Any) -> Any:
