@@ -85,7 +85,7 @@ def optimize(
         session.capture.failures.append(Failure(location="", reason=problem))
         warnings.warn(f"{problem}; the model runs eagerly", stacklevel=2)
         return model
-    compiled = torch.compile(model._call_impl, backend=session.capture.backend, dynamic=dynamic)
+    compiled = _compat.compile_call(model, session.capture.backend, dynamic)
     model._compiled_call_impl = OptimisedCall(session, compiled)
     if inputs is not None:
         _capture_now(model, *inputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import SkipFrame
+from torch._dynamo.external_utils import wrap_inline
 from torch._guards import TracingContext
 from torch._higher_order_ops.utils import reenter_make_fx
 from torch._higher_order_ops.wrap import TagActivationCheckpoint, tag_activation_checkpoint
@@ -40,6 +42,7 @@ __all__ = [
     "TorchDispatchMode",
     "autocast_key",
     "backend_inputs",
+    "compile_call",
     "divide_checkpoint_kwargs",
     "dynamo_settings",
     "ensure_callbacks",
@@ -232,6 +235,23 @@ def never_trace(function: Callable[..., Any]) -> None:
 RECOMPILE_LIMIT = 64  # the default of 8 counts over all instances of a class: a ninth MLP would stay eager
 
 
+def compile_call(
+    model: torch.nn.Module, backend: Callable[..., Any], dynamic: bool | None
+) -> Callable[..., Any]:
+    """torch.compile of a module's call, with a limit on recompilations that counts for this model alone.
+
+    torch 2.11 has one limit for the process, read before any compile callback; there it is raised for good.
+    """
+    call = model._call_impl
+    if torch._dynamo.trace_rules.check(model.forward):
+        call = wrap_inline(call)  # Dynamo enters no frame of torch's own, such as nn.Sequential.forward
+    options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+    if not options.keys() <= inspect.signature(torch.compile).parameters.keys():
+        options = {}
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(call, backend=backend, dynamic=dynamic, **options)
+
+
 @contextlib.contextmanager
 def dynamo_settings() -> Iterator[None]:
     """Dynamo's configuration while one of our frames is compiled, and only then.
@@ -241,7 +261,7 @@ def dynamo_settings() -> Iterator[None]:
     """
     from torch._dynamo import config
 
-    settings: dict[str, Any] = {"specialize_float": True, "recompile_limit": RECOMPILE_LIMIT}
+    settings: dict[str, Any] = {"specialize_float": True}
     warning_once = getattr(logging.Logger, "warning_once", None)
     if warning_once is not None:
         settings["ignore_logging_functions"] = set(config.ignore_logging_functions) | {warning_once}

@@ -1,4 +1,4 @@
-"""A captured graph, before any rewrite, is the model: bit for bit, in every gradient, buffer and random number."""
+"""A captured graph, before any rewrite, is the model: every bit of gradients, buffers and random numbers."""
 
 from __future__ import annotations
 
@@ -158,7 +158,9 @@ def _loss(output: Any) -> Tensor:
     return sum(piece.float().square().mean() for piece in _pieces(output)) if loss is None else loss
 
 
-def assert_twins(model: nn.Module, batch: Batch, around: Any = contextlib.nullcontext, steps: int = 3) -> None:
+def assert_twins(
+    model: nn.Module, batch: Batch, around: Any = contextlib.nullcontext, steps: int = 3
+) -> None:
     """Three optimizer steps of the captured model and of its eager copy agree in every bit."""
     eager, captured = copy.deepcopy(model), fusekit.optimize(model, fuse="none", remainder="eager")
     models = (eager, captured)
@@ -208,7 +210,9 @@ def _transformers() -> dict[str, Callable[[Any], tuple[nn.Module, Batch]]]:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
     def gpt2(t: Any) -> Any:
-        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)), words
+        return t.GPT2LMHeadModel(
+            t.GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+        ), words
 
     def llama(t: Any) -> Any:
         return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=64, num_key_value_heads=1, **small)), words
@@ -218,7 +222,9 @@ def _transformers() -> dict[str, Callable[[Any], tuple[nn.Module, Batch]]]:
 
     def vit(t: Any) -> Any:
         config = t.ViTConfig(image_size=8, patch_size=4, num_labels=3, **small)
-        config.problem_type = "single_label_classification"  # else the first call sets it, and changes the guards
+        config.problem_type = (
+            "single_label_classification"  # else the first call sets it, and changes the guards
+        )
         model = t.ViTForImageClassification(config)
         return model, lambda step: {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 2])}
 
@@ -285,9 +291,14 @@ def test_a_rebuilt_region_is_what_dynamo_calls_next() -> None:
     before = captured.region
     captured.rebuild(frozenset({"attention_0"}))
     assert captured.region is not before and captured.disabled_sites == {"attention_0"}
-    ran = []
-    captured.region.run, run = None, captured._run
-    captured._run = lambda *args: ran.append(True) or run(*args)
+    ran: list[bool] = []
+    rebuilt = captured._run
+
+    def run(*args: Any) -> Any:
+        ran.append(True)
+        return rebuilt(*args)
+
+    captured._run = run
     assert torch.equal(model(x), want) and ran
 
 
