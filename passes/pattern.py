@@ -1,0 +1,409 @@
+"""The matcher: a rule's pattern is a plain function, traced once, looked for in pre-dispatch ATen graphs.
+
+A pattern is written over its op's own arguments. It is traced on small bfloat16 tensors whose sizes are distinct
+primes, so every shape in the trace factors back into the rule's letters; numbers the op takes (eps, scale) enter as
+magic values and are captured from the graph. A match needs, beyond the structure:
+
+    commutative operands    in either order
+    casts                   `x.to(float32)` matches nothing where x is float32 already, but the dtype of every
+                            intermediate must be what the pattern computes on tensors of x's dtype
+    x * scale               also x / (1 / scale), or nothing (scale 1); dropout also nothing (p 0)
+    w.t(), ~mask, k.mT      on a bare argument: also anything else, the argument is then its transpose or complement
+    shapes                  every intermediate has the shape the pattern gives it
+    no escape               only the pattern's outputs are read from outside
+    one region              no grad-mode, autocast or in-place boundary inside
+
+`find` returns the match, or the nearest miss: at which node it ended and why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fusekit.passes.normalise import normalise_graph
+from fusekit.passes.spelling import Spelling, spell, value_of
+
+PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29)
+COMMUTATIVE = frozenset({"add", "mul", "and"})
+LAYOUT = frozenset({"to", "reshape", "expand", "transpose", "transpose_last", "unsqueeze", "not"})
+INVERTIBLE = {"transpose_last": torch.ops.aten.transpose.int, "not": torch.ops.aten.logical_not.default}
+NEUTRAL = {"mul": 1.0, "dropout": 0.0}
+LOW = torch.bfloat16  # stands for "the dtype of the op's first argument" in a trace
+
+
+class New(NamedTuple):
+    """A node to be made in front of the fused one: `target(*args)`."""
+
+    target: Any
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A row: where `pattern` is found, `op` computes the same.
+
+    op: name in the registry.
+    pattern: a function over arguments of the op, and numbers that `finish` reads; returns what the op returns.
+    source: where the spelling is from, for reports and FUSEKIT_DISABLE.
+    shapes: per tensor argument its dimensions, "* K" (* is any number of them), products as "Hkv*G". Words in front:
+        "optional" may be None, "any" has a shape of its own (a mask), "bool" is of that dtype.
+    fixed: arguments of the op that this spelling implies.
+    finish: finish(match) completes or changes match.arguments; returns None, or why the site is refused.
+    """
+
+    op: str
+    pattern: Callable[..., Any]
+    source: str
+    shapes: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[Match], str | None] | None = None
+
+    @cached_property
+    def traced(self) -> Pattern:
+        return Pattern(self)
+
+
+@dataclass(eq=False)
+class Match:
+    """One place where a rule's pattern was found. `arguments` are the op's, as nodes, New nodes and numbers."""
+
+    rule: Rule
+    outputs: tuple[fx.Node, ...]
+    nodes: list[fx.Node]
+    arguments: dict[str, Any]
+    captures: dict[str, float]
+
+    @property
+    def root(self) -> fx.Node:
+        return self.outputs[0]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """The furthest that a match got: `progress` nodes, then `reason` at `node`."""
+
+    rule: Rule
+    root: fx.Node
+    node: fx.Node
+    reason: str
+    progress: int
+    complete: bool = False
+
+
+class _Operand(NamedTuple):
+    name: str
+    words: frozenset[str]
+    dims: tuple[str, ...]
+
+
+class _State(NamedTuple):
+    nodes: dict[fx.Node, fx.Node]
+    skipped: dict[fx.Node, fx.Node]
+    operands: dict[str, Any]
+    captures: dict[str, float]
+
+    def having(self, **changes: dict[Any, Any]) -> _State:
+        return self._replace(**{name: {**getattr(self, name), **new} for name, new in changes.items()})
+
+
+class Pattern:
+    """A traced pattern: its graph, its letters and their sizes, and the magic numbers that stand for captures."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        names = list(inspect.signature(rule.pattern).parameters)
+        self.operands = [_parse(n, rule.shapes[n]) for n in rule.shapes if n in names]
+        numbers = [n for n in names if n not in rule.shapes]
+        self.magic = {0.1234567 + 0.01 * i: name for i, name in enumerate(numbers)}
+        self.sizes = _sizes(self.operands)
+        graph = self._trace(names)
+        (result,) = (n.args[0] for n in graph.nodes if n.op == "output")
+        self.outputs: tuple[fx.Node, ...] = tuple(result) if isinstance(result, (list, tuple)) else (result,)
+        self.spelled = {n: spell(n) for n in graph.nodes if n.op == "call_function"}
+        self.weight = sum(s.name not in LAYOUT for s in self.spelled.values())
+
+    def _trace(self, names: list[str]) -> fx.Graph:
+        numbers = {name: value for value, name in self.magic.items()}
+
+        def call(*tensors: Tensor) -> Any:
+            given = dict(zip((o.name for o in self.operands), tensors, strict=True))
+            return self.rule.pattern(*(given[n] if n in given else numbers[n] for n in names))
+
+        with FakeTensorMode(), torch.enable_grad():
+            examples = [self._example(o) for o in self.operands]
+            traced = make_fx(call, pre_dispatch=True, tracing_mode="fake")(*examples)
+        normalise_graph(traced)
+        for node, operand in zip((n for n in traced.graph.nodes if n.op == "placeholder"), self.operands, strict=True):
+            node.target = operand.name
+        return traced.graph
+
+    def _example(self, operand: _Operand) -> Tensor:
+        sizes: list[int] = []
+        for dim in operand.dims:
+            sizes += [self.sizes["*0"], self.sizes["*1"]] if dim == "*" else [_product(dim, self.sizes)]
+        return torch.empty(sizes, dtype=torch.bool if "bool" in operand.words else LOW)
+
+    @cached_property
+    def root_names(self) -> frozenset[str]:
+        """How the root may be spelled; a cast, scale or dropout at the end may be absent."""
+        names, node = set(), self.outputs[0]
+        while node in self.spelled:
+            names.add(self.spelled[node].name)
+            if self.spelled[node].name not in ("to", *NEUTRAL):
+                break
+            node = next(a for a in self.spelled[node].args if isinstance(a, fx.Node))
+        return frozenset(names)
+
+    def find(self, root: fx.Node) -> Match | Miss | None:
+        """The match that ends at `root`, else the nearest miss, else None when even the root is another op."""
+        search = _Search(self, root)
+        for state in search.node(self.outputs[0], root, _State({}, {}, {}, {})):
+            reason = search.check(state)
+            if reason is None:
+                return search.match(state)
+            search.miss = Miss(self.rule, root, root, reason, self.weight, complete=True)
+        return search.miss
+
+
+class _Search:
+    """One attempt at one root."""
+
+    def __init__(self, pattern: Pattern, root: fx.Node) -> None:
+        self.pattern, self.root = pattern, root
+        self.miss: Miss | None = None
+
+    def fail(self, state: _State, at: Any, reason: str) -> None:
+        progress = sum(self.pattern.spelled[p].name not in LAYOUT for p in state.nodes)
+        if progress and not (self.miss and (self.miss.complete or self.miss.progress >= progress)):
+            node = at if isinstance(at, fx.Node) else self.root
+            self.miss = Miss(self.pattern.rule, self.root, node, reason, progress)
+
+    def node(self, p: fx.Node, value: Any, state: _State) -> Iterator[_State]:
+        """Every way in which graph value `value` can be pattern node `p`."""
+        known = state.nodes.get(p, state.skipped.get(p))
+        if known is not None:
+            if known is value:
+                yield state
+            else:
+                self.fail(state, value, f"two different tensors where one {self.pattern.spelled[p].name} is needed")
+            return
+        if p.op == "placeholder":
+            yield from self.operand(str(p.target), value, state)
+            return
+        wanted = self.pattern.spelled[p]
+        there = spell(value) if isinstance(value, fx.Node) else Spelling(type(value).__name__, ())
+        if there.name == wanted.name:
+            extended = state.having(nodes={p: value})
+            for ours, theirs in self.orders(wanted, there):
+                yield from self.arguments(ours, theirs, value, extended)
+        elif wanted.name not in ("to", *NEUTRAL):
+            self.fail(state, value, f"{there.name} where {wanted.name} is needed")
+        yield from self.absent(p, wanted, there, value, state)
+
+    def orders(self, wanted: Spelling, there: Spelling) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        if len(wanted.args) == len(there.args):
+            yield wanted.args, there.args
+            if wanted.name in COMMUTATIVE:
+                yield wanted.args, there.args[::-1]
+
+    def absent(self, p: fx.Node, wanted: Spelling, there: Spelling, value: Any, state: _State) -> Iterator[_State]:
+        """The spellings that leave `p` out, or write it as its inverse."""
+        if not isinstance(value, fx.Node):
+            return
+        if wanted.name == "to":
+            yield from self.node(wanted.args[0], value, state.having(skipped={p: value}))
+        elif wanted.name in NEUTRAL and self.captured(wanted.args[1]):
+            name = self.pattern.magic[wanted.args[1]]
+            if wanted.name == "mul" and there.name == "div" and _is_number(there.args[1]) and there.args[1]:
+                state = state.having(nodes={p: value}, captures={name: 1 / there.args[1]})
+                yield from self.node(wanted.args[0], there.args[0], state)
+            elif there.name != wanted.name and name not in state.captures:
+                state = state.having(skipped={p: value}, captures={name: NEUTRAL[wanted.name]})
+                yield from self.node(wanted.args[0], value, state)
+        elif wanted.name in INVERTIBLE and there.name != wanted.name:
+            inner = wanted.args[0]
+            if isinstance(inner, fx.Node) and inner.op == "placeholder" and isinstance(value_of(value), Tensor):
+                args = (value, -2, -1) if wanted.name == "transpose_last" else (value,)
+                yield from self.operand(str(inner.target), New(INVERTIBLE[wanted.name], args), state)
+
+    def captured(self, literal: Any) -> bool:
+        return isinstance(literal, float) and literal in self.pattern.magic
+
+    def arguments(self, ours: Any, theirs: Any, at: fx.Node, state: _State) -> Iterator[_State]:
+        if not ours:
+            yield state
+            return
+        for extended in self.argument(ours[0], theirs[0], at, state):
+            yield from self.arguments(ours[1:], theirs[1:], at, extended)
+
+    def argument(self, ours: Any, theirs: Any, at: fx.Node, state: _State) -> Iterator[_State]:
+        if isinstance(ours, fx.Node):
+            yield from self.node(ours, theirs, state)
+        elif isinstance(ours, (list, tuple)):
+            if isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
+                yield from self.arguments(tuple(ours), tuple(theirs), at, state)
+            else:
+                self.fail(state, at, f"{theirs} where {list(ours)} is needed")
+        elif self.captured(ours):
+            name = self.pattern.magic[ours]
+            if theirs is not None and not _is_number(theirs):
+                self.fail(state, at, f"{name} is computed, not a number known at capture")
+            elif name in state.captures and state.captures[name] != theirs:
+                self.fail(state, at, f"{name} has two values")
+            else:
+                yield state.having(captures={name: theirs})
+        elif _same_literal(ours, theirs):
+            yield state
+        else:
+            self.fail(state, at, f"{spell(at).name} has {theirs} where {ours} is needed")
+
+    def operand(self, name: str, value: Any, state: _State) -> Iterator[_State]:
+        if name in state.operands:
+            if state.operands[name] == value:
+                yield state
+            else:
+                self.fail(state, value, f"{name} would have to be two different tensors")
+            return
+        operand = next(o for o in self.pattern.operands if o.name == name)
+        source = value.args[0] if isinstance(value, New) else value
+        if isinstance(value_of(source), Tensor) or (value is None and "optional" in operand.words):
+            yield state.having(operands={name: value})
+        else:
+            self.fail(state, value, f"{name} is not a tensor")
+
+    def check(self, state: _State) -> str | None:
+        """Why a structural match is no match: shapes, dtypes, regions, escapes."""
+        sizes: dict[str, Any] = {}
+        for operand in self.pattern.operands:
+            if reason := _unify(operand, state.operands.get(operand.name), sizes):
+                return reason
+        return self.check_intermediates(state, sizes) or self.check_surroundings(state)
+
+    def check_intermediates(self, state: _State, sizes: dict[str, Any]) -> str | None:
+        first = state.operands[self.pattern.rule.shapes.__iter__().__next__()]
+        low = value_of(first.args[0] if isinstance(first, New) else first).dtype
+        for p, node in (*state.nodes.items(), *state.skipped.items()):
+            ours, theirs = value_of(p), value_of(node)
+            name = self.pattern.spelled[p].name
+            allowed = {low if ours.dtype == LOW else ours.dtype} | ({low, torch.float32} if name == "softmax" else set())
+            if theirs.dtype not in allowed:
+                expected = str(low if ours.dtype == LOW else ours.dtype).removeprefix("torch.")
+                return f"{name} is computed in {str(theirs.dtype).removeprefix('torch.')}, not {expected}"
+            if not self.shape_fits(ours.shape, theirs.shape, sizes):
+                return f"{name} has shape {tuple(theirs.shape)}, which the pattern does not give it"
+        return None
+
+    def shape_fits(self, ours: torch.Size, theirs: torch.Size, sizes: dict[str, Any]) -> bool:
+        expected = _translate(ours, self.pattern.sizes, sizes)
+        return len(expected) == len(theirs) and all(map(_equal, expected, theirs))
+
+    def check_surroundings(self, state: _State) -> str | None:
+        nodes = set(state.nodes.values())
+        if len({n.meta.get("region") for n in nodes}) > 1:
+            return "a grad-mode, autocast or in-place boundary lies inside"
+        outputs = {state.nodes.get(p, state.skipped.get(p)) for p in self.pattern.outputs}
+        for node in nodes - outputs:
+            for user in node.users:
+                if user not in nodes:
+                    return f"the result of {spell(node).name} is also read by {user.name}"
+        return None
+
+    def match(self, state: _State) -> Match:
+        outputs = tuple(state.nodes.get(p) or state.skipped[p] for p in self.pattern.outputs)
+        operands = {name: simplify(value) for name, value in state.operands.items()}
+        arguments = {**operands, **state.captures, **self.pattern.rule.fixed}
+        return Match(self.pattern.rule, outputs, sorted(set(state.nodes.values())), arguments, state.captures)
+
+
+def simplify(value: Any) -> Any:
+    """The complement of `mask == 0` is `mask != 0`."""
+    if isinstance(value, New) and value.target is torch.ops.aten.logical_not.default:
+        return value
+    return value
+
+
+def _parse(name: str, text: str) -> _Operand:
+    words = text.split()
+    flags = frozenset(w for w in words if w in ("optional", "any", "bool"))
+    return _Operand(name, flags, tuple(w for w in words if w not in flags))
+
+
+def _sizes(operands: list[_Operand]) -> dict[str, int]:
+    letters: list[str] = []
+    for operand in operands:
+        for dim in operand.dims:
+            letters += ["*0", "*1"] if dim == "*" else dim.split("*")
+    return dict(zip(dict.fromkeys(letters), PRIMES, strict=False))
+
+
+def _product(dim: str, sizes: Mapping[str, Any]) -> Any:
+    return math.prod(sizes[letter] for letter in dim.split("*"))
+
+
+def _translate(shape: torch.Size, ours: dict[str, int], theirs: dict[str, Any]) -> list[Any]:
+    """A pattern's shape in the graph's sizes; `theirs["*"]` are the leading dimensions."""
+    lead = (ours.get("*0"), ours.get("*1"))
+    dims, translated = list(shape), []
+    while dims:
+        if tuple(dims[:2]) == lead:
+            translated += theirs["*"]
+            del dims[:2]
+            continue
+        size, rest = 1, dims.pop(0)
+        for letter, prime in ours.items():
+            if rest % prime == 0:
+                rest //= prime
+                size *= math.prod(theirs["*"]) if letter == "*0" else 1 if letter == "*1" else theirs[letter]
+        translated.append(size * rest)
+    return translated
+
+
+def _unify(operand: _Operand, value: Any, sizes: dict[str, Any]) -> str | None:
+    """Bind the operand's letters to its sizes, or say what does not fit."""
+    if value is None or "any" in operand.words:
+        return None
+    shape = list(value_of(value.args[0] if isinstance(value, New) else value).shape)
+    if isinstance(value, New) and value.target is INVERTIBLE["transpose_last"]:
+        shape[-2:] = shape[:-3:-1]
+    dims, written = list(operand.dims), " ".join(operand.dims)
+    trailing = len(dims) - (dims[0] == "*")
+    if len(shape) < trailing or (dims[0] != "*" and len(shape) != trailing):
+        return f"{operand.name} has {len(shape)} dimensions where ({written}) is needed"
+    if dims[0] == "*":
+        lead, shape, dims = shape[: len(shape) - trailing], shape[len(shape) - trailing :], dims[1:]
+        known = sizes.setdefault("*", lead)
+        if len(known) != len(lead) or not all(map(_equal, known, lead)):
+            return f"{operand.name} is broadcast: its leading sizes are {tuple(lead)}, not {tuple(known)}"
+    for dim, size in zip(dims, shape, strict=True):
+        *known_letters, last = dim.split("*")
+        factor = math.prod(sizes[letter] for letter in known_letters)
+        if factor != 1 and not _equal(size % factor, 0):
+            return f"{operand.name}: {size} is no multiple of {factor}"
+        if not _equal(sizes.setdefault(last, size // factor), size // factor):
+            return f"{operand.name}: {last} is {size // factor}, but {sizes[last]} elsewhere"
+    return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return statically_known_true(a == b)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _same_literal(ours: Any, theirs: Any) -> bool:
+    if _is_number(ours) and _is_number(theirs):
+        return math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-12)
+    return type(ours) is type(theirs) and ours == theirs
