@@ -18,16 +18,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusekit.passes import _compat
+from fusekit.passes.canonicalise import bodies
 from fusekit.passes.region import Region
 from fusekit.passes.spelling import value_of
 
 aten = torch.ops.aten
 
-_MODE_SWITCHES = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
+_MODE_SWITCHES = (_compat.set_grad_enabled, _compat.enter_autocast, _compat.exit_autocast)
 _DIMS_OF_INPUT = {
     aten.transpose.int, aten.softmax.int, aten.log_softmax.int, aten.mean.dim, aten.sum.dim_IntList,
     aten.permute.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.chunk.default,
@@ -39,19 +37,8 @@ _DROPPED_WHEN_EQUAL = {"to", "type_as", "contiguous", "alias", "reshape", "expan
 
 def normalise(region: Region) -> None:
     """Bring the captured graph, and the bodies of its activation checkpoints, into one spelling."""
-    for module in graph_modules(region.module):
+    for module in bodies(region.module):
         normalise_graph(module)
-
-
-def graph_modules(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graph and the canonicalised checkpoint bodies it calls, innermost last."""
-    found = [module]
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            body = getattr(module, str(node.target), None) if "." not in str(node.target) else None
-            if isinstance(body, fx.GraphModule) and str(node.target).startswith("fk_body"):
-                found.extend(graph_modules(body))
-    return found
 
 
 def normalise_graph(module: fx.GraphModule) -> None:

@@ -38,6 +38,7 @@ PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29)
 COMMUTATIVE = frozenset({"add", "mul", "and"})
 LAYOUT = frozenset({"to", "reshape", "expand", "transpose", "transpose_last", "unsqueeze", "not"})
 INVERTIBLE = {"transpose_last": torch.ops.aten.transpose.int, "not": torch.ops.aten.logical_not.default}
+INVERSE_ARGS: dict[str, tuple[int, ...]] = {"transpose_last": (-2, -1), "not": ()}
 NEUTRAL = {"mul": 1.0, "dropout": 0.0}
 LOW = torch.bfloat16  # stands for "the dtype of the op's first argument" in a trace
 
@@ -76,13 +77,18 @@ class Rule:
 
 @dataclass(eq=False)
 class Match:
-    """One place where a rule's pattern was found. `arguments` are the op's, as nodes, New nodes and numbers."""
+    """One place where a rule's pattern was found.
+
+    nodes: what is replaced, in graph order; `outputs` are among them.
+    arguments: the op's, as nodes, New nodes and numbers, and what else the pattern captured.
+    stands_for: the graph's node for each tensor argument, and the call that makes it of that argument.
+    """
 
     rule: Rule
     outputs: tuple[fx.Node, ...]
     nodes: list[fx.Node]
     arguments: dict[str, Any]
-    captures: dict[str, float]
+    stands_for: dict[fx.Node, tuple[str, New | None]]
 
     @property
     def root(self) -> fx.Node:
@@ -204,12 +210,17 @@ class _Search:
         wanted = self.pattern.spelled[p]
         there = spell(value) if isinstance(value, fx.Node) else Spelling(type(value).__name__, ())
         if there.name == wanted.name:
-            extended = state.having(nodes={p: value})
+            extended = state.having(**{"skipped" if self.is_shared(wanted) else "nodes": {p: value}})
             for ours, theirs in self.orders(wanted, there):
                 yield from self.arguments(ours, theirs, value, extended)
         elif wanted.name not in ("to", *NEUTRAL):
             self.fail(state, value, f"{there.name} where {wanted.name} is needed")
         yield from self.absent(p, wanted, there, value, state)
+
+    def is_shared(self, wanted: Spelling) -> bool:
+        """A transposed or complemented argument may serve many sites: it is read through, not replaced."""
+        inner = wanted.args[0]
+        return wanted.name in INVERTIBLE and isinstance(inner, fx.Node) and inner.op == "placeholder"
 
     def orders(self, wanted: Spelling, there: Spelling) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
         if len(wanted.args) == len(there.args):
@@ -231,11 +242,9 @@ class _Search:
             elif there.name != wanted.name and name not in state.captures:
                 state = state.having(skipped={p: value}, captures={name: NEUTRAL[wanted.name]})
                 yield from self.node(wanted.args[0], value, state)
-        elif wanted.name in INVERTIBLE and there.name != wanted.name:
-            inner = wanted.args[0]
-            if isinstance(inner, fx.Node) and inner.op == "placeholder" and isinstance(value_of(value), Tensor):
-                args = (value, -2, -1) if wanted.name == "transpose_last" else (value,)
-                yield from self.operand(str(inner.target), New(INVERTIBLE[wanted.name], args), state)
+        elif self.is_shared(wanted) and there.name != wanted.name and isinstance(value_of(value), Tensor):
+            inverse = New(INVERTIBLE[wanted.name], (value, *INVERSE_ARGS[wanted.name]))
+            yield from self.operand(str(wanted.args[0].target), inverse, state)
 
     def captured(self, literal: Any) -> bool:
         return isinstance(literal, float) and literal in self.pattern.magic
@@ -291,7 +300,7 @@ class _Search:
         return self.check_intermediates(state, sizes) or self.check_surroundings(state)
 
     def check_intermediates(self, state: _State, sizes: dict[str, Any]) -> str | None:
-        first = state.operands[self.pattern.rule.shapes.__iter__().__next__()]
+        first = state.operands[next(iter(self.pattern.rule.shapes))]
         low = value_of(first.args[0] if isinstance(first, New) else first).dtype
         for p, node in (*state.nodes.items(), *state.skipped.items()):
             ours, theirs = value_of(p), value_of(node)
@@ -321,16 +330,14 @@ class _Search:
 
     def match(self, state: _State) -> Match:
         outputs = tuple(state.nodes.get(p) or state.skipped[p] for p in self.pattern.outputs)
-        operands = {name: simplify(value) for name, value in state.operands.items()}
-        arguments = {**operands, **state.captures, **self.pattern.rule.fixed}
-        return Match(self.pattern.rule, outputs, sorted(set(state.nodes.values())), arguments, state.captures)
-
-
-def simplify(value: Any) -> Any:
-    """The complement of `mask == 0` is `mask != 0`."""
-    if isinstance(value, New) and value.target is torch.ops.aten.logical_not.default:
-        return value
-    return value
+        arguments = {**state.operands, **state.captures, **self.pattern.rule.fixed}
+        stands_for: dict[fx.Node, tuple[str, New | None]] = {}
+        for name, value in state.operands.items():
+            if isinstance(value, New):
+                stands_for[value.args[0]] = (name, value)
+            elif value is not None:
+                stands_for[value] = (name, None)
+        return Match(self.pattern.rule, outputs, sorted(set(state.nodes.values())), arguments, stands_for)
 
 
 def _parse(name: str, text: str) -> _Operand:

@@ -1,1 +1,6 @@
-"""Rules: rows of data. RULES is every row, most nodes first."""
+"""Rules: rows of (op, pattern, source). A pattern is a plain function over the op's own arguments."""
+
+from fusekit.passes.pattern import Rule
+from fusekit.passes.rules import linear, norm
+
+RULES: list[Rule] = [*norm.RULES, *linear.RULES]  # of equal size, the earlier row goes first
