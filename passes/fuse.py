@@ -76,7 +76,7 @@ class _Fuser:
             reason = self.apply(found)
             if reason is None:
                 return
-            found = Miss(rule, root, root, reason, rule.traced.weight, complete=True)
+            found = Miss(rule, root, root, reason, rule.traced.weight, complete=True, anchored=True)
         if found is None or not _worth_telling(found):
             return
         best = self.misses.get((rule.op, root))
@@ -152,6 +152,8 @@ class _Fuser:
             if part is not fused:
                 _describe_node(part, output, result)
             output.replace_all_uses_with(part)
+            if not part.users:  # the sum, where nobody reads it again
+                self.graph.erase_node(part)
         self.region.fusions.append(fusion)
 
     def materialise(self, argument: Any, match: Match, before: fx.Node) -> Any:
@@ -202,7 +204,7 @@ def _sentence(miss: Miss) -> str:
 
 def _worth_telling(miss: Miss) -> bool:
     """A near-match: all of the structure, or so much of it that the rest was to be expected."""
-    return miss.complete or (miss.progress >= 2 and 2 * miss.progress >= miss.rule.traced.weight)
+    return miss.complete or (miss.anchored and 2 * miss.progress > miss.rule.traced.weight)
 
 
 def _insertion_point(match: Match) -> fx.Node:

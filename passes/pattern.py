@@ -19,6 +19,7 @@ magic values and are captured from the graph. A match needs, beyond the structur
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from fusekit.passes.spelling import Spelling, spell, value_of
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29)
 COMMUTATIVE = frozenset({"add", "mul", "and"})
 LAYOUT = frozenset({"to", "reshape", "expand", "transpose", "transpose_last", "unsqueeze", "not"})
+ANCHORS = frozenset({"linear", "addmm", "matmul", "layer_norm", "rms_norm", "rsqrt", "softmax", "sdpa"})
 INVERTIBLE = {"transpose_last": torch.ops.aten.transpose.int, "not": torch.ops.aten.logical_not.default}
 INVERSE_ARGS: dict[str, tuple[int, ...]] = {"transpose_last": (-2, -1), "not": ()}
 NEUTRAL = {"mul": 1.0, "dropout": 0.0}
@@ -61,6 +63,7 @@ class Rule:
         "optional" may be None, "any" has a shape of its own (a mask), "bool" is of that dtype.
     fixed: arguments of the op that this spelling implies.
     finish: finish(match) completes or changes match.arguments; returns None, or why the site is refused.
+    also: other functions of the op's arguments that may stand where the pattern makes the ATen call of that name.
     """
 
     op: str
@@ -69,6 +72,7 @@ class Rule:
     shapes: Mapping[str, str]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[Match], str | None] | None = None
+    also: Mapping[str, tuple[Callable[..., Any], ...]] = field(default_factory=dict)
 
     @cached_property
     def traced(self) -> Pattern:
@@ -97,7 +101,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """The furthest that a match got: `progress` nodes, then `reason` at `node`."""
+    """The furthest that a match got: `progress` nodes, then `reason` at `node`.
+
+    complete: all of the structure was there, a check failed. anchored: a matmul, norm or softmax is among the nodes.
+    """
 
     rule: Rule
     root: fx.Node
@@ -105,6 +112,7 @@ class Miss:
     reason: str
     progress: int
     complete: bool = False
+    anchored: bool = False
 
 
 class _Operand(NamedTuple):
@@ -123,34 +131,47 @@ class _State(NamedTuple):
         return self._replace(**{name: {**getattr(self, name), **new} for name, new in changes.items()})
 
 
+_TRACED: dict[Any, fx.Graph] = {}  # rules share the functions in `also`
+
+
 class Pattern:
     """A traced pattern: its graph, its letters and their sizes, and the magic numbers that stand for captures."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        names = list(inspect.signature(rule.pattern).parameters)
-        self.operands = [_parse(n, rule.shapes[n]) for n in rule.shapes if n in names]
-        numbers = [n for n in names if n not in rule.shapes]
-        self.magic = {0.1234567 + 0.01 * i: name for i, name in enumerate(numbers)}
+        self.operands = [_parse(name, text) for name, text in rule.shapes.items()]
         self.sizes = _sizes(self.operands)
-        graph = self._trace(names)
-        (result,) = (n.args[0] for n in graph.nodes if n.op == "output")
-        self.outputs: tuple[fx.Node, ...] = tuple(result) if isinstance(result, (list, tuple)) else (result,)
-        self.spelled = {n: spell(n) for n in graph.nodes if n.op == "call_function"}
+        functions = [rule.pattern, *itertools.chain.from_iterable(rule.also.values())]
+        names = dict.fromkeys(itertools.chain.from_iterable(inspect.signature(f).parameters for f in functions))
+        self.magic = {0.1234567 + 0.01 * i: n for i, n in enumerate(n for n in names if n not in rule.shapes)}
+        self.spelled: dict[fx.Node, Spelling] = {}
+        self.outputs = self._add(rule.pattern)
         self.weight = sum(s.name not in LAYOUT for s in self.spelled.values())
+        self.also = {name: [self._add(f)[0] for f in functions] for name, functions in rule.also.items()}
 
-    def _trace(self, names: list[str]) -> fx.Graph:
+    def _add(self, function: Callable[..., Any]) -> tuple[fx.Node, ...]:
+        """Spell the nodes of a function of the op's arguments; returns its output nodes."""
+        key = (function, tuple(self.rule.shapes.items()), tuple(self.magic.items()))
+        graph = _TRACED.get(key)
+        if graph is None:
+            graph = _TRACED[key] = self._trace(function)
+        self.spelled |= {n: spell(n) for n in graph.nodes if n.op == "call_function"}
+        result = graph.output_node().args[0]
+        return tuple(result) if isinstance(result, (list, tuple)) else (result,)
+
+    def _trace(self, function: Callable[..., Any]) -> fx.Graph:
+        names = list(inspect.signature(function).parameters)
         numbers = {name: value for value, name in self.magic.items()}
+        used = [o for o in self.operands if o.name in names]
 
         def call(*tensors: Tensor) -> Any:
-            given = dict(zip((o.name for o in self.operands), tensors, strict=True))
-            return self.rule.pattern(*(given[n] if n in given else numbers[n] for n in names))
+            given = numbers | dict(zip((o.name for o in used), tensors, strict=True))  # type: ignore[arg-type]
+            return function(*(given[n] for n in names))
 
         with FakeTensorMode(), torch.enable_grad():
-            examples = [self._example(o) for o in self.operands]
-            traced = make_fx(call, pre_dispatch=True, tracing_mode="fake")(*examples)
+            traced = make_fx(call, pre_dispatch=True, tracing_mode="fake")(*map(self._example, used))
         normalise_graph(traced)
-        for node, operand in zip((n for n in traced.graph.nodes if n.op == "placeholder"), self.operands, strict=True):
+        for node, operand in zip(traced.graph.find_nodes(op="placeholder"), used, strict=True):
             node.target = operand.name
         return traced.graph
 
@@ -162,13 +183,15 @@ class Pattern:
 
     @cached_property
     def root_names(self) -> frozenset[str]:
-        """How the root may be spelled; a cast, scale or dropout at the end may be absent."""
-        names, node = set(), self.outputs[0]
-        while node in self.spelled:
-            names.add(self.spelled[node].name)
-            if self.spelled[node].name not in ("to", *NEUTRAL):
-                break
-            node = next(a for a in self.spelled[node].args if isinstance(a, fx.Node))
+        """How the root may be spelled; a cast, reshape, scale or dropout at the end may be absent."""
+        names, pending = set(), [self.outputs[0]]
+        while pending:
+            node = pending.pop()
+            name, args = self.spelled[node]
+            names.add(name)
+            pending += self.also.get(name, ())
+            if name in ("to", "reshape", *NEUTRAL):
+                pending += [a for a in args if a in self.spelled]
         return frozenset(names)
 
     def find(self, root: fx.Node) -> Match | Miss | None:
@@ -193,7 +216,8 @@ class _Search:
         progress = sum(self.pattern.spelled[p].name not in LAYOUT for p in state.nodes)
         if progress and not (self.miss and (self.miss.complete or self.miss.progress >= progress)):
             node = at if isinstance(at, fx.Node) else self.root
-            self.miss = Miss(self.pattern.rule, self.root, node, reason, progress)
+            anchored = any(self.pattern.spelled[p].name in ANCHORS for p in state.nodes)
+            self.miss = Miss(self.pattern.rule, self.root, node, reason, progress, anchored=anchored)
 
     def node(self, p: fx.Node, value: Any, state: _State) -> Iterator[_State]:
         """Every way in which graph value `value` can be pattern node `p`."""
@@ -213,7 +237,7 @@ class _Search:
             extended = state.having(**{"skipped" if self.is_shared(wanted) else "nodes": {p: value}})
             for ours, theirs in self.orders(wanted, there):
                 yield from self.arguments(ours, theirs, value, extended)
-        elif wanted.name not in ("to", *NEUTRAL):
+        elif wanted.name not in ("to", "reshape", *NEUTRAL, *self.pattern.also):
             self.fail(state, value, f"{there.name} where {wanted.name} is needed")
         yield from self.absent(p, wanted, there, value, state)
 
@@ -232,7 +256,10 @@ class _Search:
         """The spellings that leave `p` out, or write it as its inverse."""
         if not isinstance(value, fx.Node):
             return
-        if wanted.name == "to":
+        for other in self.pattern.also.get(wanted.name, ()):
+            for found in self.node(other, value, state):
+                yield found.having(nodes={p: value})
+        if wanted.name in ("to", "reshape"):
             yield from self.node(wanted.args[0], value, state.having(skipped={p: value}))
         elif wanted.name in NEUTRAL and self.captured(wanted.args[1]):
             name = self.pattern.magic[wanted.args[1]]

@@ -65,39 +65,31 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
-LINEARS: list[tuple[str, Callable[..., Tensor]]] = [
-    ("torch.nn.Linear", lambda x, weight, bias: F.linear(x, weight, bias)),
-    ("transformers Conv1D", conv1d),
-    ("torch.addmm", lambda x, weight, bias: torch.addmm(bias, x, weight.t())),
-    ("matmul + add", lambda x, weight, bias: x @ weight.t() + bias),
-    ("matmul", lambda x, weight: x @ weight.t()),
+def matmul_add(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x @ weight.t() + bias
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+LINEARS = {"linear": (conv1d, matmul_add, matmul)}
+
+
+def activated(act: Map) -> Callable[..., Tensor]:
+    return lambda x, weight, bias: act(F.linear(x, weight, bias))
+
+
+def summed(act: Map) -> Callable[..., Tensor]:
+    return lambda x, weight, bias, residual: act(F.linear(x, weight, bias)) + residual
+
+
+def _row(function: Callable[..., Tensor], source: str, act: str) -> Rule:
+    return Rule("linear_act", function, source, SHAPES, {"act": act}, also=LINEARS)
+
+
+RULES = [
+    *(_row(activated(function), f"linear, {source}", act) for act, source, function in ACTIVATIONS),
+    *(_row(summed(function), f"linear, {source}, residual", act) for act, source, function in ACTIVATIONS),
+    _row(summed(lambda y: y), "linear, residual", "none"),
 ]
-
-
-def _activated(linear: Callable[..., Tensor], act: Map) -> list[Callable[..., Tensor]]:
-    """act(linear) and act(linear) + residual, with or without a bias argument as `linear` has one."""
-    if linear.__code__.co_argcount == 2:
-        return [
-            lambda x, weight: act(linear(x, weight)),
-            lambda x, weight, residual: act(linear(x, weight)) + residual,
-        ]
-    return [
-        lambda x, weight, bias: act(linear(x, weight, bias)),
-        lambda x, weight, bias, residual: act(linear(x, weight, bias)) + residual,
-    ]
-
-
-def _rows() -> list[Rule]:
-    rows = []
-    for where, linear in LINEARS:
-        shapes = {**SHAPES, "x": "M K", "residual": "M N"} if where == "torch.addmm" else SHAPES
-        for act, name, function in ACTIVATIONS:
-            plain, summed = _activated(linear, function)
-            rows.append(Rule("linear_act", plain, f"{where}, {name}", shapes, {"act": act}))
-            rows.append(Rule("linear_act", summed, f"{where}, {name}, residual", shapes, {"act": act}))
-        summed = _activated(linear, lambda y: y)[1]
-        rows.append(Rule("linear_act", summed, f"{where}, residual", shapes, {"act": "none"}))
-    return rows
-
-
-RULES = _rows()
