@@ -29,6 +29,7 @@ SEED = object()
 
 SEED_RANGE = 2**62
 
+
 def fuse(region: Region) -> None:
     """Rewrite the region's graph and the bodies of its checkpoints."""
     sites: dict[str, int] = defaultdict(int)
@@ -66,9 +67,13 @@ class _Fuser:
         active = [
             rule
             for rule in RULES
-            if rule.op in OPS and (wanted is None or rule.op in wanted) and not {rule.op, rule.source} & disabled
+            if rule.op in OPS
+            and (wanted is None or rule.op in wanted)
+            and not {rule.op, rule.source} & disabled
         ]
-        return sorted(active, key=lambda rule: -rule.traced.weight)  # sorted() keeps equals in the order of RULES
+        return sorted(
+            active, key=lambda rule: -rule.traced.weight
+        )  # sorted() keeps equals in the order of RULES
 
     def try_rule(self, rule: Rule, root: fx.Node) -> None:
         found = rule.traced.find(root)
@@ -111,7 +116,9 @@ class _Fuser:
             self.insert(fusion, match, arguments, results, before)
             self.erase(match)
         else:
-            self.gone.update(match.nodes)  # what it would have replaced stays whole, and other sites keep their names
+            self.gone.update(
+                match.nodes
+            )  # what it would have replaced stays whole, and other sites keep their names
         return None
 
     def describe(
@@ -138,13 +145,17 @@ class _Fuser:
         enough = fuel is None or len(self.region.fusions) < fuel
         return enough and fusion.site not in self.region.disabled_sites
 
-    def insert(self, fusion: Fusion, match: Match, arguments: dict[str, Any], results: Any, before: fx.Node) -> None:
+    def insert(
+        self, fusion: Fusion, match: Match, arguments: dict[str, Any], results: Any, before: fx.Node
+    ) -> None:
         with self.graph.inserting_before(before):
             made = [self.materialise(argument, match, before) for argument in arguments.values()]
             fused = self.graph.call_function(OPS[fusion.op].fused, tuple(made))
             parts = [fused]
             if isinstance(results, tuple):
-                parts = [self.graph.call_function(operator.getitem, (fused, i)) for i in range(len(match.outputs))]
+                parts = [
+                    self.graph.call_function(operator.getitem, (fused, i)) for i in range(len(match.outputs))
+                ]
         _describe_node(fused, match.root, results)
         fused.meta["fusion"] = fusion
         fused.meta["fusion_inputs"] = [a for a in fused.args if isinstance(a, fx.Node)]
@@ -272,12 +283,20 @@ def _layout_shows(node: fx.Node) -> bool:
     return False
 
 
-_READ_MEMORY = {torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype, torch.ops.aten.view_as_complex.default}
+_READ_MEMORY = {
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.view.dtype,
+    torch.ops.aten.view_as_complex.default,
+}
 
 
 def _is_disposable(node: fx.Node) -> bool:
     """Left without readers by a fusion, it may go: no effect, nothing random, not an input."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or "fusion" in node.meta:
+    if (
+        node.op != "call_function"
+        or not isinstance(node.target, torch._ops.OpOverload)
+        or "fusion" in node.meta
+    ):
         return False
     return not is_mutation(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
@@ -322,4 +341,6 @@ def _refuse_leftovers(region: Region) -> None:
             if op is not None and op not in known:
                 sites.append(f"{op} at {location(node) or 'an unknown line'}: no rule fits")
     if sites:
-        raise ValueError("strict: left unfused:\n  " + "\n  ".join(sites) + "\nuse strict=False to run them as they are")
+        raise ValueError(
+            "strict: left unfused:\n  " + "\n  ".join(sites) + "\nuse strict=False to run them as they are"
+        )

@@ -102,7 +102,11 @@ def _functional_if_private(node: fx.Node) -> None:
         return
     try:
         result = functional(*map(_vals, node.args), **{k: _vals(v) for k, v in node.kwargs.items()})
-    except (RuntimeError, TypeError, ValueError):  # the in-place form takes arguments the functional one does not
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # the in-place form takes arguments the functional one does not
         return
     if isinstance(result, Tensor) and same_meta(result, value_of(node)):
         node.target = functional
@@ -236,7 +240,9 @@ def _is_empty(tensor: Any) -> bool:
 
 def _forward_uses(node: fx.Node, source: fx.Node) -> None:
     """Let readers of `node` read `source`; a graph output or a writer keeps the node, whose identity it shows."""
-    node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output" and not is_mutation(user))
+    node.replace_all_uses_with(
+        source, delete_user_cb=lambda user: user.op != "output" and not is_mutation(user)
+    )
     if not node.users:
         node.graph.erase_node(node)
 

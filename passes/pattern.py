@@ -142,7 +142,9 @@ class Pattern:
         self.operands = [_parse(name, text) for name, text in rule.shapes.items()]
         self.sizes = _sizes(self.operands)
         functions = [rule.pattern, *itertools.chain.from_iterable(rule.also.values())]
-        names = dict.fromkeys(itertools.chain.from_iterable(inspect.signature(f).parameters for f in functions))
+        names = dict.fromkeys(
+            itertools.chain.from_iterable(inspect.signature(f).parameters for f in functions)
+        )
         self.magic = {0.1234567 + 0.01 * i: n for i, n in enumerate(n for n in names if n not in rule.shapes)}
         self.spelled: dict[fx.Node, Spelling] = {}
         self.outputs = self._add(rule.pattern)
@@ -226,7 +228,9 @@ class _Search:
             if known is value:
                 yield state
             else:
-                self.fail(state, value, f"two different tensors where one {self.pattern.spelled[p].name} is needed")
+                self.fail(
+                    state, value, f"two different tensors where one {self.pattern.spelled[p].name} is needed"
+                )
             return
         if p.op == "placeholder":
             yield from self.operand(str(p.target), value, state)
@@ -252,7 +256,9 @@ class _Search:
             if wanted.name in COMMUTATIVE:
                 yield wanted.args, there.args[::-1]
 
-    def absent(self, p: fx.Node, wanted: Spelling, there: Spelling, value: Any, state: _State) -> Iterator[_State]:
+    def absent(
+        self, p: fx.Node, wanted: Spelling, there: Spelling, value: Any, state: _State
+    ) -> Iterator[_State]:
         """The spellings that leave `p` out, or write it as its inverse."""
         if not isinstance(value, fx.Node):
             return
@@ -332,8 +338,11 @@ class _Search:
         for p, node in (*state.nodes.items(), *state.skipped.items()):
             ours, theirs = value_of(p), value_of(node)
             name = self.pattern.spelled[p].name
-            allowed = {low if ours.dtype == LOW else ours.dtype} | ({low, torch.float32} if name == "softmax" else set())
-            if theirs.dtype not in allowed:
+            allowed = {low if ours.dtype == LOW else ours.dtype} | (
+                {low, torch.float32} if name == "softmax" else set()
+            )
+            # A cast left out does no harm by itself: what reads it is checked, and promotes as the cast would.
+            if theirs.dtype not in allowed and p not in state.skipped:
                 expected = str(low if ours.dtype == LOW else ours.dtype).removeprefix("torch.")
                 return f"{name} is computed in {str(theirs.dtype).removeprefix('torch.')}, not {expected}"
             if not self.shape_fits(ours.shape, theirs.shape, sizes):

@@ -53,7 +53,11 @@ class _Builder:
         self.extra: list[str] = []
 
     def from_argument(self, argument: fx.Node, inverse: New | None) -> fx.Node:
-        return argument if inverse is None else self.graph.call_function(inverse.target, (argument, *inverse.args[1:]))
+        return (
+            argument
+            if inverse is None
+            else self.graph.call_function(inverse.target, (argument, *inverse.args[1:]))
+        )
 
     def copy(self, node: fx.Node) -> fx.Node:
         """`node` in the new graph, with everything it needs down to arguments and graph inputs."""
@@ -62,7 +66,9 @@ class _Builder:
                 self.copies[needed] = self.extra_input(needed)
             else:
                 self.copies[needed] = self.graph.node_copy(needed, self.copies.__getitem__)
-                self.copies[needed].meta = {k: v for k, v in needed.meta.items() if k in ("val", "stack_trace")}
+                self.copies[needed].meta = {
+                    k: v for k, v in needed.meta.items() if k in ("val", "stack_trace")
+                }
         return self.copies[node]
 
     def extra_input(self, node: fx.Node) -> fx.Node:

@@ -72,7 +72,11 @@ def _pow(node: fx.Node, name: str, args: tuple[Any, ...]) -> Spelling:
 
 def _reciprocal(node: fx.Node, name: str, args: tuple[Any, ...]) -> Spelling:
     inner = spell(args[0])
-    return Spelling("rsqrt", inner.args) if inner.name == "sqrt" and len(args[0].users) == 1 else Spelling(name, args)
+    return (
+        Spelling("rsqrt", inner.args)
+        if inner.name == "sqrt" and len(args[0].users) == 1
+        else Spelling(name, args)
+    )
 
 
 def _div(node: fx.Node, name: str, args: tuple[Any, ...]) -> Spelling:

@@ -67,7 +67,9 @@ def _summed(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]
     """norm(x + residual), and the sum."""
     count = norm.__code__.co_argcount
 
-    def with_bias(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def with_bias(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         h = x + residual
         return norm(h, weight, bias, eps), h
 
