@@ -1,0 +1,35 @@
+"""`explain`: the account of an optimised model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fusekit.passes.price import coverage
+from fusekit.report import Report
+from fusekit.session import session
+
+
+def explain(model: nn.Module) -> Report:
+    """What was fused, what was refused and why, and the share of FLOPs and bytes covered, over all captured graphs.
+
+    Raises:
+        ValueError: the model is not optimised.
+    """
+    opened = session(model)
+    regions = [captured.region for captured in opened.regions]
+    shares = [coverage(region) for region in regions]
+    notes = [note for region in regions for note in region.notes]
+    notes += [f"{f.location or 'a part of the model'} runs eagerly: {f.reason}" for f in opened.failures]
+    return Report(
+        fused=tuple(fusion for region in regions for fusion in region.fusions),
+        refused=tuple(refusal for region in regions for refusal in region.refusals),
+        flops_covered=_mean([flops for flops, _ in shares]),
+        bytes_covered=_mean([bytes_ for _, bytes_ in shares]),
+        graphs=len(regions),
+        graph_breaks=tuple(opened.graph_breaks),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _mean(shares: list[float]) -> float:
+    return sum(shares) / len(shares) if shares else 0.0
