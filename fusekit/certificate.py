@@ -119,18 +119,20 @@ def _site_to_dict(site: SiteCertificate) -> dict[str, Any]:
 
 
 def _site_table(sites: tuple[SiteCertificate, ...]) -> Table:
-    table = Table(title="Sites", title_justify="left")
-    for header in ("site", "op", "shapes", "dtype"):
+    table = Table(title="Sites: error over the rounding floor of the dtype, worst of all", title_justify="left")
+    table.add_column("site", no_wrap=True)
+    for header in ("where", "shapes"):
         table.add_column(header, overflow="fold")
-    for header in ("output error / floor", "worst gradient / floor", "eager's worst", "time vs eager"):
-        table.add_column(header, justify="right")
+    table.add_column("dtype", no_wrap=True)
+    for header in ("output", "gradients", "eager", "speed"):
+        table.add_column(header, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for site in sites:
         outputs = [c for c in site.checks if not c.name.startswith("grad")]
         grads = [c for c in site.checks if c.name.startswith("grad")]
         verdict = "ok" if site.ok and not site.reverted else "slower" if site.ok else "FAILED"
         table.add_row(
-            site.site, site.op, format_shapes(site.shapes), site.dtype, _worst(outputs), _worst(grads),
+            site.site, site.location, format_shapes(site.shapes), site.dtype, _worst(outputs), _worst(grads),
             _worst(site.checks, eager=True), format_ratio(site.gain), verdict,
         )  # fmt: skip
     return table

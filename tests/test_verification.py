@@ -1,0 +1,172 @@
+"""verify and explain on toy models, with planted faults: a certificate that cannot fail proves nothing."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fusekit
+from fusekit.passes import price
+from fusekit.session import session
+
+
+class Block(nn.Module):
+    """A pre-norm MLP block: one add + norm, one linear + GELU."""
+
+    def __init__(self, width: int = 64, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand, self.contract = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        h = x + residual
+        return self.drop(h + self.contract(F.gelu(self.expand(self.norm(h)))))
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(4, 33, 64), torch.randn(4, 33, 64)
+
+
+@pytest.fixture(autouse=True)
+def _free_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Toy sizes never pay; these tests are about being right."""
+    for name in [n for n in vars(price) if n.endswith("OVERHEAD")]:
+        monkeypatch.setattr(price, name, 0.0)
+    monkeypatch.setattr("fusekit.verification.SLOWER", 0.0)
+    yield
+
+
+@pytest.mark.parametrize("precision", ["keep", "bf16", "fp16"])
+def test_a_sound_model_gets_a_certificate(batch: tuple[Tensor, Tensor], precision: str) -> None:
+    model = fusekit.optimize(Block(), precision=precision)
+    certificate = fusekit.verify(model, *batch)
+    assert certificate.ok, str(certificate)
+    assert {site.op for site in certificate.sites} >= {"add_layer_norm", "linear_act"}
+    names = {check.name for site in certificate.sites for check in site.checks}
+    assert any(name.startswith("grad") for name in names), "gradients are part of the certificate"
+    assert certificate.model, "a model without random numbers is compared as a whole"
+    assert json.loads(json.dumps(certificate.to_dict()))["ok"] is True
+    assert "float64" in str(certificate)
+
+
+def test_verify_leaves_the_model_as_it_was(batch: tuple[Tensor, Tensor]) -> None:
+    model = fusekit.optimize(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.1)))
+    model(batch[0][0]).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    random = torch.get_rng_state()
+    certificate = fusekit.verify(model, batch[0][0])
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True) if p.grad is not None)
+    assert any("random numbers" in note for note in certificate.notes)
+
+
+class _Wrong:
+    """linear_act with its backward pass or its output off by one percent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+        sound = torch.ops.fusekit.linear_act.default
+
+        class Broken(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args):  # type: ignore[no-untyped-def]
+                ctx.args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+                with torch.enable_grad():
+                    ctx.y = sound(*ctx.args)
+                return ctx.y.detach() * (1.01 if where == "output" else 1.0)
+
+            @staticmethod
+            def backward(ctx, grad):  # type: ignore[no-untyped-def]
+                tensors = [a for a in ctx.args if isinstance(a, Tensor)]
+                grads = iter(torch.autograd.grad(ctx.y, tensors, grad))
+                scale = 1.01 if where == "gradient" else 1.0
+                return tuple(next(grads) * scale if isinstance(a, Tensor) else None for a in ctx.args)
+
+        monkeypatch.setattr(
+            "fusekit.site_check.call_target", lambda target: Broken.apply if target is sound else target
+        )
+
+
+@pytest.mark.parametrize("where", ["output", "gradient"])
+def test_a_wrong_site_is_named_and_reverted(
+    batch: tuple[Tensor, Tensor], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fusekit.optimize(Block())
+    _Wrong(monkeypatch, where)
+    with pytest.warns(UserWarning, match=r"reverted linear_act_\d+ .*test_verification.py:\d+"):
+        certificate = fusekit.verify(model, *batch)
+    failed = [site for site in certificate.sites if not site.ok]
+    assert not certificate.ok and {site.op for site in failed} == {"linear_act"}
+    assert all(site.reverted and site.reason for site in failed)
+    assert "linear_act" not in {f.op for f in fusekit.explain(model).fused}
+    assert "FAILED" in str(certificate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fusekit.verify(model, *batch).ok, "what is left is sound"
+
+
+def test_a_rule_that_misreads_the_model_is_caught(
+    batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel is right, the rewrite is not: erf GELU fused as tanh GELU. The op's own reference would agree."""
+    model = fusekit.optimize(Block())
+    model(*batch)
+    captured = session(model).regions[0]
+    for node in captured.region.module.graph.nodes:
+        if node.target is torch.ops.fusekit.linear_act.default and "gelu" in node.args:
+            node.args = tuple("gelu_tanh" if a == "gelu" else a for a in node.args)
+    with pytest.warns(UserWarning, match="reverted linear_act"):
+        assert not fusekit.verify(model, *batch).ok
+
+
+def test_a_slower_site_is_reverted_and_stays_listed(
+    batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusekit.verification.SLOWER", 1.1)
+    monkeypatch.setattr("fusekit.site_check._times", lambda fused, eager: (2.0, 1.0))
+    model = fusekit.optimize(Block())
+    certificate = fusekit.verify(model, *batch)
+    assert certificate.ok and all(site.reverted for site in certificate.sites)
+    assert "2.00 times eager's time" in str(certificate)
+    assert not fusekit.explain(model).fused
+
+
+def test_verify_first_certifies_on_the_users_own_batch(
+    batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fusekit.optimize(Block(), verify="first")
+    _Wrong(monkeypatch, "output")
+    with pytest.warns(UserWarning, match="reverted linear_act"):
+        model(*batch).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(*batch).sum().backward()
+
+
+def test_explain_lists_sites_with_places_and_reasons(batch: tuple[Tensor, Tensor]) -> None:
+    model = fusekit.optimize(Block(), fuse=["linear_act"])
+    assert "Nothing captured yet" in str(fusekit.explain(model))
+    model(*batch)
+    report = fusekit.explain(model)
+    assert {f.op for f in report.fused} == {"linear_act"}
+    assert all("test_verification.py:" in f.location for f in report.fused)
+    assert 0.0 < report.flops_covered <= 1.0 and 0.0 <= report.bytes_covered <= 1.0
+    assert json.loads(json.dumps(report.to_dict()))["graphs"] == 1
+    assert "linear_act" in str(report)
+
+
+@pytest.mark.parametrize("call", [fusekit.explain, fusekit.verify])
+def test_a_model_that_was_never_optimised_gets_a_sentence(call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=r"call fusekit.optimize\(model\) first"):
+        call(Block())
+
