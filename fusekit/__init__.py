@@ -1,4 +1,4 @@
-"""fusekit: kernel fusion and mixed precision for PyTorch training, with a certificate for every rewritten site."""
+"""Kernel fusion and mixed precision for PyTorch training, with a certificate for every rewritten site."""
 
 try:
     import fusekit.kernels  # noqa: F401
@@ -7,7 +7,11 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("fusekit is not installed; from its folder run: pip install -e .") from error
 
+from fusekit.certificate import Certificate
+from fusekit.explanation import explain
 from fusekit.optimize import optimize, restore
+from fusekit.report import Report
+from fusekit.verification import verify
 
-__all__ = ["optimize", "restore"]
+__all__ = ["Certificate", "Report", "explain", "optimize", "restore", "verify"]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What `verify` returns: per rewritten site, the errors of output and gradients, the times, and the verdict."""
+"""What `verify` returns: per site the errors of output and gradients, the times, and the verdict."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def _site_to_dict(site: SiteCertificate) -> dict[str, Any]:
 
 
 def _site_table(sites: tuple[SiteCertificate, ...]) -> Table:
-    table = Table(title="Sites: error over the rounding floor of the dtype, worst of all", title_justify="left")
+    table = Table(
+        title="Sites: error over the rounding floor of the dtype, worst of all", title_justify="left"
+    )
     table.add_column("site", no_wrap=True)
     for header in ("where", "shapes"):
         table.add_column(header, overflow="fold")

@@ -10,7 +10,7 @@ from fusekit.session import session
 
 
 def explain(model: nn.Module) -> Report:
-    """What was fused, what was refused and why, and the share of FLOPs and bytes covered, over all captured graphs.
+    """What was fused, what was refused and why, and the share of work covered, over all captured graphs.
 
     Raises:
         ValueError: the model is not optimised.

@@ -1,7 +1,7 @@
 """The whole model against a float64 copy of itself, beside eager's own error at the same precision.
 
-Site by site everything may be right and the wiring between sites wrong: a swapped operand, a weight cast from an old
-version. This is the check that sees it.
+Site by site everything may be right and the wiring between sites wrong: a swapped operand, a weight cast from
+an old version. This is the check that sees it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusekit.certificate import ModelCheck
 NOISE = 3.0  # two runs that round differently stand at different distances from float64; measured 1 to 2
 UNIT = {"keep": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
 LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SMALLEST_SHARE = 1e-3  # of the gradients' rms: below it a gradient is rounding noise (a key bias under softmax)
+SMALLEST_SHARE = 1e-3  # of the gradients' rms; below it a gradient is rounding noise (a key bias)
 
 
 def check_model(
@@ -108,11 +108,15 @@ def _compare(fused: Any, eager: Any, truth: Any, unit: float) -> Iterator[ModelC
     errors = [abs(t[0].double() - value).item() / scale for t in (fused, eager)]
     yield _check("loss or outputs", *errors, unit)
     if missing := set(truth[1]) ^ set(fused[1]):
-        yield ModelCheck(name=f"gradient of {min(missing)} missing", error=math.inf, eager_error=0.0, limit=0.0, ok=False)
+        yield ModelCheck(
+            name=f"gradient of {min(missing)} missing", error=math.inf, eager_error=0.0, limit=0.0, ok=False
+        )
     names = [name for name in truth[1] if name in fused[1] and name in eager[1]]
     if not names:
         return
-    rms = math.sqrt(sum(truth[1][n].square().sum().item() for n in names) / sum(truth[1][n].numel() for n in names))
+    rms = math.sqrt(
+        sum(truth[1][n].square().sum().item() for n in names) / sum(truth[1][n].numel() for n in names)
+    )
     checks = [_gradient(name, fused[1][name], eager[1][name], truth[1][name], rms, unit) for name in names]
     yield max(checks, key=lambda c: c.error / c.limit)
     norms = [_norm_of_errors(run[1], truth[1], names) for run in (fused, eager)]

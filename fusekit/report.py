@@ -1,4 +1,4 @@
-"""What `explain` returns: every site that was fused, every one that was not and why, and the share of work covered."""
+"""What `explain` returns: every site that was fused, every one that was not and why, the share covered."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Report:
             "flops_covered": self.flops_covered,
             "bytes_covered": self.bytes_covered,
             "fused": [_fusion_to_dict(f) for f in self.fused],
-            "refused": [{"op": r.op, "rule": r.rule, "location": r.location, "reason": r.reason} for r in self.refused],
+            "refused": [
+                {"op": r.op, "rule": r.rule, "location": r.location, "reason": r.reason} for r in self.refused
+            ],
             "graph_breaks": list(self.graph_breaks),
             "notes": list(self.notes),
         }
@@ -52,7 +54,8 @@ class Report:
             lines = ["Nothing captured yet: call the model once, or pass example_inputs to fusekit.optimize."]
             return "\n".join([*lines, *self.notes, *self.graph_breaks])
         parts = [
-            f"{self.graphs} graph{'s' * (self.graphs != 1)}, {len(self.fused)} sites fused, {len(self.refused)} refused; "
+            f"{self.graphs} graph{'s' * (self.graphs != 1)}, {len(self.fused)} sites fused, "
+            f"{len(self.refused)} refused; "
             f"{self.flops_covered:.0%} of FLOPs and {self.bytes_covered:.0%} of bytes covered"
         ]
         if self.fused:

@@ -1,7 +1,7 @@
-"""Judge one fused site on real values: parity of output and gradients against float64, and time against eager.
+"""Judge one fused site on real values: parity against float64 of output and gradients, and its speed.
 
-The truth is the subgraph that was replaced, run in float64 on the values the site was called with. The op's own
-reference would not do: it shares every misreading the rule may have made of the model.
+The truth is the subgraph that was replaced, run in float64 on the values the site was called with. The op's
+own reference would not do: it shares every misreading the rule may have made of the model.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ SLOWER = 1.10  # a site that takes this much of eager's time is reverted; less i
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Certificate:
     """Check every fused site of an optimised model on one batch: output, every gradient, and time.
 
-    Each site is run on the values the batch gives it: fused, as the nodes it replaced, and as those nodes in float64.
-    A site that fails, or takes over 1.1 times eager's time, is reverted to eager and stays listed. Then the whole
-    model is compared with a float64 copy of itself, where it draws no random numbers. Parameters, gradients, buffers
-    and random state are left as they were.
+    Each site is run on the values the batch gives it: fused, as the nodes it replaced, and as those nodes in
+    float64. A site that fails, or takes over 1.1 times eager's time, is reverted to eager and stays listed.
+    Then the whole model is compared with a float64 copy of itself, where it draws no random numbers.
+    Parameters, gradients, buffers and random state are left as they were.
 
     Args:
         model: from `fusekit.optimize`.
@@ -62,7 +62,9 @@ def certify(opened: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         judged += [replace(s, reverted=True, reason=bad[s.site]) if s.site in bad else s for s in own]
     for site in judged:
         if not site.ok:
-            warnings.warn(f"fusekit reverted {site.site} ({site.location}) to eager: {site.reason}", stacklevel=3)
+            warnings.warn(
+                f"fusekit reverted {site.site} ({site.location}) to eager: {site.reason}", stacklevel=3
+            )
     notes = () if judged else ("no site was fused: there is nothing to certify; fusekit.explain says why",)
     return Certificate(sites=tuple(judged), notes=notes)
 

@@ -1,8 +1,9 @@
-"""Convergence twins: 30 AdamW steps of real architectures, eager and optimised, against the same run in float64.
+"""Convergence twins: 30 AdamW steps of real architectures, eager and optimised, against the same run in
+float64.
 
-Judged as design.md judges one op: the optimised run may be as far from float64 as eager's own run is (a factor for
-the noise of two independent roundings), and no further. Comparing with eager alone would accept any error that eager
-happens to share, and reject harmless ones where eager itself is far off.
+Judged as design.md judges one op: the optimised run may be as far from float64 as eager's own run is (a
+factor for the noise of two independent roundings), and no further. Comparing with eager alone would accept
+any error that eager happens to share, and reject harmless ones where eager itself is far off.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import fusekit
 transformers = pytest.importorskip("transformers")
 
 STEPS = 30
-# Two runs that round differently are two samples of the same noise: their distances to float64 differ by a factor.
+# Two runs that round differently are two samples of the same noise: their distances to float64 differ by a
+# factor.
 NOISE = 3.0
 FLOOR = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
 
@@ -78,8 +80,8 @@ def _hf_text(name: str) -> tuple[nn.Module, Loss]:
 
 def _vit() -> tuple[nn.Module, Loss]:
     config = transformers.ViTConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4,
-        num_labels=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+        patch_size=4, num_labels=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
 
     def loss(model: nn.Module, step: int) -> Tensor:
@@ -132,7 +134,9 @@ def test_thirty_steps_stay_as_close_to_float64_as_eager_does(name: str) -> None:
     for step, (want, base, got) in enumerate(zip(true, plain, ours, strict=True)):
         allowed = NOISE * max(abs(base - want), 8 * floor * abs(want))
         assert abs(got - want) <= allowed, f"step {step}: {got} against {want}, eager {base}"
-    for (key, want), base, got in zip(truth.named_parameters(), eager.parameters(), fused.parameters(), strict=True):
+    for (key, want), base, got in zip(
+        truth.named_parameters(), eager.parameters(), fused.parameters(), strict=True
+    ):
         allowed = NOISE * max(_distance(base, want), 8 * floor)
         assert _distance(got, want) <= allowed, f"{key}: {_distance(got, want):.2e} against {allowed:.2e}"
 

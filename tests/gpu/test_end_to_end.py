@@ -1,7 +1,7 @@
 """optimize() on "cuda": a tiny GPT trains as eager does, through the Triton kernels.
 
-Runs natively on a GPU, and from the compiled Triton IR in the sanitizer lane, where Dynamo needs torch.cuda's stubs
-taken away first.
+Runs natively on a GPU, and from the compiled Triton IR in the sanitizer lane, where Dynamo needs torch.cuda's
+stubs taken away first.
 """
 
 from __future__ import annotations
