@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels import OPS
+from fusekit.kernels.linear_cpu import multiplies
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import call_checkpoint
 from fusekit.passes.dtype_policy import Policy, mutates, overflows, policy_of, takes_dtype
@@ -29,10 +31,20 @@ class Lowering:
     original: dtypes as captured. What was not float32 then is never cast.
     parameters: placeholders whose low copy is an input of its own, so that it can be made once per update.
     parameter_casts: those copies, by the placeholder they are copies of.
+    widened: on a CPU without 16-bit matrix instructions ATen's low matmuls run in scalar code, an order of
+        magnitude slower than float32 ones. Linears then become linear_act, which widens blocks of rows, and
+        other matmuls run in float32 between casts. Off for graphs that stand for eager.
     """
 
-    def __init__(self, module: fx.GraphModule, low: torch.dtype, parameters: Iterable[fx.Node] = ()) -> None:
-        self.module, self.graph, self.low = module, module.graph, low
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        low: torch.dtype,
+        parameters: Iterable[fx.Node] = (),
+        *,
+        widened: bool = True,
+    ) -> None:
+        self.module, self.graph, self.low, self.widened = module, module.graph, low, widened
         self.original = {node: dtype_of(node) for node in self.graph.nodes}
         self.parameters = set(parameters)
         self.parameter_casts: dict[fx.Node, fx.Node] = {}
@@ -79,6 +91,8 @@ class Lowering:
             self._match_destination(node, policy)
             self._casts.clear()  # a copy made before the write is stale after it
             self._update(node)
+        elif policy is Policy.LOW and self._is_emulated(node):
+            self._widen(node)
         elif policy in (Policy.LOW, Policy.NORM):
             self._bring_down(node, node.all_input_nodes if policy is Policy.LOW else _nodes(node.args[:2]))
             self._update(node)
@@ -103,6 +117,26 @@ class Lowering:
 
     def _is_single(self, node: fx.Node) -> bool:
         return self.original.get(node, torch.float32) == torch.float32 and dtype_of(node) == torch.float32
+
+    def _is_emulated(self, node: fx.Node) -> bool:
+        """Whether ATen would run this matmul in scalar code."""
+        aten_op = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+        if not self.widened or not aten_op or self.original[node] != torch.float32:
+            return False
+        return node.meta["val"].device.type == "cpu" and not multiplies(self.low)
+
+    def _widen(self, node: fx.Node) -> None:
+        if node.target is aten.linear.default and not node.kwargs:
+            self._bring_down(node, node.all_input_nodes)
+            if OPS["linear_act"].supports(*fx.map_arg(node.args, lambda n: n.meta["val"])) is None:
+                node.target = torch.ops.fusekit.linear_act.default
+            propagate(node)
+            self._changed.add(node)
+            return
+        self._bring_up(node)
+        readers = [user for user in node.users if user.op != "output"]
+        for reader in readers:
+            self._replace(reader, node, self._cast(node, self.low, min(readers)))
 
     def _bring_down(self, node: fx.Node, inputs: Iterable[fx.Node]) -> None:
         for source in inputs:
@@ -223,7 +257,8 @@ class Lowering:
     def _lower_checkpoint(self, node: fx.Node) -> None:
         body: fx.GraphModule = getattr(self.module, str(node.args[0].target))  # type: ignore[union-attr]
         inputs = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True))
-        child = Lowering(body, self.low, {p for p, arg in inputs.items() if arg in self.parameters})
+        parameters = {p for p, arg in inputs.items() if arg in self.parameters}
+        child = Lowering(body, self.low, parameters, widened=self.widened)
         for placeholder, arg in inputs.items():
             if isinstance(arg, fx.Node):
                 if arg in self._changed:

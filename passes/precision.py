@@ -93,7 +93,7 @@ def _lower_site(node: fx.Node, captured: list[Any], low: torch.dtype) -> None:
     if fusion.eager is None:
         return
     complete(fusion.eager, captured)
-    lowering = Lowering(fusion.eager, low)
+    lowering = Lowering(fusion.eager, low, widened=False)
     for placeholder, value in zip(
         fusion.eager.graph.find_nodes(op="placeholder"), _input_values(node), strict=False
     ):
