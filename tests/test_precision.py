@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from fusekit.passes import lowering
 from fusekit.passes.autocast import materialise_autocast
 from fusekit.passes.canonicalise import bodies, canonicalise
 from fusekit.passes.config import Config
@@ -22,6 +23,12 @@ from fusekit.passes.weights import WeightCache, cast_parameters
 
 aten = torch.ops.aten
 BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests read the graph of a processor with 16-bit products, whichever runs them."""
+    monkeypatch.setattr(lowering, "multiplies", lambda dtype: True)
 
 
 class Lowered:
@@ -303,6 +310,20 @@ def test_ambient_autocast_is_honoured_and_completed(precision: str) -> None:
         n for n in compiled.nodes() if n.target is aten.to.dtype and n.args[0].op == "placeholder"
     ]
     assert bool(weights_cast_in_graph) == (precision == "keep")
+
+
+def test_without_matrix_instructions_products_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No aten matmul on low tensors: ATen would run it in scalar code. Activations are low all the same."""
+    monkeypatch.setattr(lowering, "multiplies", lambda dtype: dtype == F32)
+    model, tokens, targets = _gpt(), torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
+    _, loss = model(tokens, targets)
+    compiled, (_, low_loss) = lowered(model, tokens, targets)
+    low_loss.backward()
+    assert torch.allclose(low_loss, loss, rtol=2e-3)
+    assert compiled.dtypes(aten.linear) == []
+    assert compiled.dtypes(torch.ops.fusekit.linear_act) == [BF16] * 9
+    assert compiled.dtypes(aten.scaled_dot_product_attention) == [F32, F32]
+    assert compiled.dtypes(aten.gelu) == [BF16, BF16]
 
 
 def test_tf32_on_a_cpu_is_a_note() -> None:
