@@ -1,0 +1,82 @@
+# `make demo` and `make test` are all a newcomer types; both set up .venv themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+TORCH := 2.13.0
+TRITON := 3.8.0
+
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help demo test native sanitizer static lint gpu bench clean
+
+help:
+	@echo "make demo       train a small GPT on real text with and without fusekit; report and plots in runs/"
+	@echo "make test       lint, static lane, sanitizer lane, native tests; no GPU needed"
+	@echo "make gpu        tests/gpu natively and the benchmark suite; needs a CUDA GPU, no network"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove environments and generated files"
+
+demo: .venv/ready
+	$(BIN)/python -m fusekit train --compare --output runs/demo
+
+# Native tests come last: their closing lines are the last thing one sees.
+test: lint static sanitizer native
+
+native: .venv/ready
+	$(BIN)/python -m pytest
+
+sanitizer: .venv/ready
+	$(BIN)/python -m ttsem.sanitize pytest tests/gpu -q
+
+static: .venv/ready .venv-triton36/ready
+	$(BIN)/python -m benchmarks.static
+
+# The packages fusekit, fusekit.kernels and fusekit.passes are mapped from three folders; mypy wants one tree.
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .farm && mkdir -p .farm/fusekit
+	ln -s $(CURDIR)/fusekit/*.py $(CURDIR)/kernels $(CURDIR)/passes .farm/fusekit/
+	ln -s $(CURDIR)/benchmarks .farm/benchmarks
+	cd .farm && ../$(BIN)/mypy --config-file ../pyproject.toml -p fusekit -p benchmarks
+
+gpu: .venv/gpu
+	$(BIN)/python -m pytest tests/gpu -q
+	$(BIN)/python -m benchmarks.gpu
+
+clean:
+	rm -rf .venv .venv-triton36 .farm .static build dist *.egg-info
+
+# torch's CUDA wheels ask for a Triton of their own, its CPU wheels for none: triton comes alone and last. The
+# constraint keeps every later package from moving torch. Where a GPU is, the torch that is installed stays.
+ifeq ($(GPU),yes)
+.venv/ready: pyproject.toml Makefile .venv/gpu
+	$(BIN)/pip install -q -c .venv/constraints.txt -e ".[train,models,tests,benchmarks,lint]"
+	touch $@
+else
+.venv/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch==$(TORCH)
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > .venv/constraints.txt
+	$(BIN)/pip install -q "setuptools>=77"
+	$(BIN)/pip install -q -c .venv/constraints.txt -e ".[train,models,tests,benchmarks,lint]"
+	$(BIN)/pip install -q --no-deps triton==$(TRITON)
+	$(BIN)/pip install -q --no-deps --ignore-requires-python ttsem==0.1.0
+	touch $@
+endif
+
+.venv/gpu: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages .venv
+	$(BIN)/python -c "import torch" || $(BIN)/pip install -q torch
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > .venv/constraints.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv-triton36/ready:
+	$(PYTHON) -m venv .venv-triton36
+	.venv-triton36/bin/pip install -q triton==3.6.0 numpy setuptools
+	touch $@

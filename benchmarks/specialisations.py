@@ -1,0 +1,147 @@
+"""Which kernels the ops of the registry start, and how each is specialised: what is to be compiled.
+
+Ops run on fake tensors under `record()`, so no data is touched and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusekit.kernels import OPS
+from fusekit.kernels.launch import Launch, record
+from fusekit.kernels.op import DTYPES, Op
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel as the compiler sees it; values that JSON cannot hold are encoded by `encode`.
+
+    bench: a sample of real model size needs it, not only the small odd ones of the tests.
+    """
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: list[str]
+    options: dict[str, Any]
+    bench: bool = True
+
+    @property
+    def key(self) -> str:
+        """Stable name, without divisibility: the caller that comes first, an aligned one, stands for all."""
+        types = ",".join(t for t in self.signature.values() if t != "constexpr")
+        constants = " ".join(f"{k}={_brief(v)}" for k, v in sorted(self.constexprs.items()))
+        options = " ".join(f"{k}={v}" for k, v in sorted(self.options.items()))
+        return f"{self.module.rsplit('.', 1)[-1]}.{self.kernel}({types}) {constants} {options}"
+
+
+def encode(value: Any) -> Any:
+    """A constexpr as JSON: kernels by name, Triton's dtypes by theirs."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "fn"):
+        return {"jit": [value.fn.__module__, value.fn.__name__]}
+    if type(value).__name__ == "dtype":
+        return {"dtype": value.name}
+    raise TypeError(
+        f"the static lane cannot write the constexpr {value!r} to JSON: add it to encode and decode"
+    )
+
+
+def _brief(value: Any) -> str:
+    return value["jit"][1] if isinstance(value, dict) and "jit" in value else json.dumps(value)
+
+
+def specialise(start: Launch, bench: bool = True) -> Specialisation:
+    """What Triton's launcher would specialise the kernel on: types, None, ones, and multiples of 16."""
+    kernel, runtime = start.kernel, list(start.args)
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    divisible = []
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in start.meta:
+            value, is_constant = start.meta[name], parameter.is_constexpr
+        else:
+            value, is_constant = runtime.pop(0), parameter.is_constexpr
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if is_constant or value is None or one:
+            signature[name], constexprs[name] = "constexpr", encode(value)
+            continue
+        signature[name] = _type(value)
+        if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment) and _aligned(value):
+            divisible.append(name)
+    assert not runtime, f"{kernel.fn.__name__}: {len(runtime)} arguments too many"
+    options = {k: v for k, v in start.meta.items() if k not in signature}
+    options.setdefault("num_warps", 4)
+    return Specialisation(
+        kernel.fn.__module__, kernel.fn.__name__, signature, constexprs, divisible, options, bench
+    )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _aligned(value: Any) -> bool:
+    if isinstance(value, Tensor):  # the allocator aligns storages
+        return value.storage_offset() * value.element_size() % ALIGNMENT == 0
+    return type(value) is int and value % ALIGNMENT == 0
+
+
+def _calls(op: Op) -> Iterator[tuple[tuple[Any, ...], bool]]:
+    """Arguments of every sample in every dtype, those of real size first; tf32 too where the op has it."""
+    tf32 = [i for i, argument in enumerate(op.fused._schema.arguments) if argument.name == "tf32"]
+    for dtype in DTYPES:
+        samples = sorted(op.samples("cpu", dtype), key=lambda sample: not sample.bench)
+        for sample in samples:
+            yield sample.args, sample.bench
+            if tf32 and dtype == torch.float32:
+                defaults = [a.default_value for a in op.fused._schema.arguments[len(sample.args) : tf32[0]]]
+                yield (*sample.args, *defaults, True)[: tf32[0] + 1], sample.bench
+
+
+def _forward_and_backward(op: Op, args: tuple[Any, ...]) -> None:
+    returned = op.fused(*args)
+    outputs = [t for t in ([returned] if isinstance(returned, Tensor) else returned) if t.requires_grad]
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
+
+
+def collect() -> dict[str, Specialisation]:
+    """Every specialisation that a sample of an op needs, forward and backward, by key."""
+    found: dict[str, Specialisation] = {}
+    for op in OPS.values():
+        with FakeTensorMode():
+            for args, bench in _calls(op):
+                with record() as launches:
+                    _forward_and_backward(op, args)
+                for start in filter(lambda start: all(start.grid), launches):
+                    specialisation = specialise(start, bench)
+                    found.setdefault(specialisation.key, specialisation)
+    return found

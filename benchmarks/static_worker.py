@@ -1,0 +1,158 @@
+"""Compiles kernels ahead of time with the Triton of the Python that runs this file, and says what came out.
+
+    python benchmarks/static_worker.py < jobs > results        one JSON object a line, both ways
+
+A job is a Specialisation as a dict, plus "arch" (80, 90, 100) and "key". PyTorch is not needed: kernel files
+are loaded with a stand-in for it, because only their jit functions are wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SERIALISED = ("C7511", "C7512", "C7515")  # ptxas: "wgmma serialized", every product waits for the one before
+
+
+class _AnyType(type):
+    """Answers every attribute, call and operator with itself, so that kernel files load."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls
+
+    def __or__(cls, other: Any) -> Any:
+        return cls
+
+    __ror__ = __or__
+
+    def __iter__(cls) -> Any:
+        return iter(())
+
+
+class _Anything(metaclass=_AnyType):
+    pass
+
+
+class _Torch(types.ModuleType):
+    __path__ = ()  # a package
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything
+
+
+class _TorchFinder:
+    """Every submodule of torch is the stand-in as well."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name == "torch" or name.startswith("torch."):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        return _Torch(spec.name)
+
+    def exec_module(self, module: Any) -> None:
+        pass
+
+
+def _package(name: str, folder: Path) -> None:
+    package = types.ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+
+
+def prepare() -> None:
+    """Make `fusekit.kernels.*` importable without PyTorch and without installing anything."""
+    sys.meta_path.insert(0, _TorchFinder())  # type: ignore[arg-type]
+    _package("fusekit", ROOT / "fusekit")
+    _package("fusekit.kernels", ROOT / "kernels")
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict) and "jit" in value:
+        module, name = value["jit"]
+        return getattr(importlib.import_module(module), name)
+    if isinstance(value, dict):
+        import triton.language as tl
+
+        return tl.dtype(value["dtype"])
+    return value
+
+
+def compile_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Compile one specialisation; {"key", "arch", "error"} or the figures read from its code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(job["module"]), job["kernel"])
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: job["signature"][name] for name in names},
+        constexprs={(names.index(name),): _decode(value) for name, value in job["constexprs"].items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job["divisible"]},
+    )
+    printed = io.StringIO()
+    found = {"key": job["key"], "arch": job["arch"]}
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            options = {"enable_fp_fusion": True, **job["options"]}
+            compiled = triton.compile(source, target=GPUTarget("cuda", job["arch"], 32), options=options)
+    except Exception as error:
+        return {**found, "error": f"{type(error).__name__}: {str(error).strip()[-400:]}"}
+    return {
+        **found,
+        **read_code(compiled.asm, printed.getvalue(), job["arch"]),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def read_code(asm: dict[str, Any], log: str, arch: int) -> dict[str, Any]:
+    """Registers, spills and advisories from ptxas' log; from the PTX, whether products use tensor cores."""
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers, f"ptxas said nothing about registers: {log[:200]}"
+    dots = re.findall(r"= tt\.dot (.*) : tensor<(\d+)x\d+x(\w+)> \*", asm["ttir"])
+    wanted = [int(rows) for text, rows, dtype in dots if dtype != "f32" or "= tf32" in text]
+    instruction = TENSOR_CORE[arch]
+    # A warpgroup multiplies 64 rows; smaller tiles use the older instruction on every architecture.
+    allowed = [instruction] if wanted and min(wanted) >= 64 else [instruction, "mma.sync"]
+    return {
+        "registers": int(registers.group(1)),
+        "spills": sum(spills),
+        "advisories": sorted({code for code in SERIALISED if code in log}),
+        "tensor_cores": not wanted or any(name in asm["ptx"] for name in allowed),
+    }
+
+
+def main() -> None:
+    prepare()
+    jobs = [json.loads(line) for line in sys.stdin]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # a cached kernel has no assembler log
+        for job in jobs:
+            print(json.dumps(compile_job(job)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
