@@ -21,7 +21,7 @@ help:
 	@echo "make clean      remove environments and generated files"
 
 demo: .venv/ready
-	$(BIN)/python -m fusekit train --compare --output runs/demo
+	$(BIN)/python -m fusekit train --compare
 
 # Native tests come last: their closing lines are the last thing one sees.
 test: lint static sanitizer native

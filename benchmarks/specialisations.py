@@ -116,13 +116,15 @@ def _aligned(value: Any) -> bool:
 
 def _calls(op: Op) -> Iterator[tuple[tuple[Any, ...], bool]]:
     """Arguments of every sample in every dtype, those of real size first; tf32 too where the op has it."""
-    tf32 = [i for i, argument in enumerate(op.fused._schema.arguments) if argument.name == "tf32"]
+    overload: Any = op.fused
+    schema = overload._schema.arguments
+    tf32 = [i for i, argument in enumerate(schema) if argument.name == "tf32"]
     for dtype in DTYPES:
         samples = sorted(op.samples("cpu", dtype), key=lambda sample: not sample.bench)
         for sample in samples:
             yield sample.args, sample.bench
             if tf32 and dtype == torch.float32:
-                defaults = [a.default_value for a in op.fused._schema.arguments[len(sample.args) : tf32[0]]]
+                defaults = [a.default_value for a in schema[len(sample.args) : tf32[0]]]
                 yield (*sample.args, *defaults, True)[: tf32[0] + 1], sample.bench
 
 

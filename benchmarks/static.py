@@ -1,14 +1,14 @@
 """The static lane: every kernel that ships compiles for sm_80, sm_90 and sm_100, and compiles well.
 
 `python -m benchmarks.static`. Triton compiles ahead of time without a GPU. Two versions do, because the GPU
-machine's makes other code than the newest: this Python's, and that of `.venv-triton36`. Demanded of each build:
+machine's makes other code than the newest: this Python's, and that of `.venv-triton36`. Asked of each build:
 
     no spilled registers; no "wgmma serialized" from ptxas; tensor cores wherever tl.dot multiplies 16-bit
     values; shared memory within the architecture's; registers within a multiprocessor's; and registers not
     worse than recorded in benchmarks/results/static.json, which `--record` writes.
 
-Kernels that samples of real model size need are compiled for every pair of Triton and architecture; those that
-only the small odd samples of the tests need, for the GPU machine's pair. `--all` makes no such difference.
+Kernels that samples of real model size need are compiled for every pair of Triton and architecture; those
+that only the small odd samples of the tests need, for the GPU machine's pair. `--all` treats them alike.
 Figures are kept in .static/ by the hash of the kernel's source, so a second run compiles only what changed.
 """
 

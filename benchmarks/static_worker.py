@@ -50,7 +50,9 @@ class _Anything(metaclass=_AnyType):
 
 
 class _Torch(types.ModuleType):
-    __path__ = ()  # a package
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__ = []  # a package
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

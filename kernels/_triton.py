@@ -24,9 +24,6 @@ class _Missing:
         raise RuntimeError("this kernel needs Triton, which is not installed here: pip install triton")
 
 
-triton: Any
-tl: Any
-libdevice: Any
 try:
     import triton
     import triton.language as tl
@@ -34,5 +31,5 @@ try:
 
     HAS_TRITON = True
 except ImportError:
-    triton = tl = libdevice = _Missing()
+    triton = tl = libdevice = _Missing()  # type: ignore[assignment]
     HAS_TRITON = False

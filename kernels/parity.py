@@ -11,7 +11,7 @@ What is asked of a result stands in `criterion.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +42,12 @@ def results_and_grads(fn: Callable[..., Any], args: tuple[Any, ...], seed: int =
         results = {f"output{i}": t for i, t in enumerate(returned) if isinstance(t, Tensor)}
     inputs = {f"grad_{i}": a for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad}
     outputs = [t for t in results.values() if t.requires_grad]
+    grads: Sequence[Tensor | None]
     if inputs and outputs:
         grad_outputs = [_grad_output(t, seed + i) for i, t in enumerate(outputs)]
         grads = torch.autograd.grad(outputs, list(inputs.values()), grad_outputs, allow_unused=True)
     else:
-        grads = (None,) * len(inputs)
+        grads = [None] * len(inputs)
     results = {name: t.detach() for name, t in results.items()}
     for (name, a), grad in zip(inputs.items(), grads, strict=True):
         results[name] = torch.zeros_like(a, requires_grad=False) if grad is None else grad
