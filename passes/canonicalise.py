@@ -88,7 +88,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def location(node: fx.Node) -> str:
-    """The user's line that made this node, "model.py:42", or "" where none is known.
+    """The user's line that made this node, "model.py:42"; else the module, "layers.0 (Linear)"; else "".
 
     Lines of torch itself are passed over, because a layer's call is more useful to a user than its inside.
     """
@@ -99,6 +99,8 @@ def location(node: fx.Node) -> str:
         path = path.strip('"').replace("\\", "/")
         if "/torch/" not in path:
             return f"{path.rsplit('/', 1)[-1]}:{number.split(',')[0]}"
+    for path, kind in reversed((node.meta.get("nn_module_stack") or {}).values()):
+        return f"{path.rpartition('self')[2].lstrip('_.')} ({getattr(kind, '__name__', kind)})"
     return ""
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
+from fusekit.passes import debug
 from fusekit.passes.autocast import materialise_autocast
-from fusekit.passes.canonicalise import bodies
 from fusekit.passes.emit import emit
 from fusekit.passes.fuse import fuse
 from fusekit.passes.invariants import Snapshot
@@ -15,8 +14,6 @@ from fusekit.passes.normalise import normalise
 from fusekit.passes.precision import place_casts
 from fusekit.passes.price import price
 from fusekit.passes.region import Region
-
-logger = logging.getLogger("fusekit")
 
 PIPELINE: list[tuple[str, Callable[[Region], None]]] = [
     ("autocast", materialise_autocast),  # what autocast would cast becomes nodes, which the rules can see
@@ -34,6 +31,8 @@ def run_pipeline(region: Region) -> None:
     Raises:
         InvariantError: config.verify is on and a pass broke an invariant; the message names the pass.
     """
+    if region.config.debug:
+        debug.listen()
     for name, run in PIPELINE:
         before = Snapshot(region) if region.config.verify else None
         started = time.perf_counter()
@@ -41,13 +40,5 @@ def run_pipeline(region: Region) -> None:
         seconds = time.perf_counter() - started
         if before is not None:
             before.check(region, after=name)
-        if region.config.debug >= 2:
-            nodes = sum(len(body.graph.nodes) for body in bodies(region.module))
-            logger.info("graph %d, %s: %.0f ms, %d nodes left", region.index, name, seconds * 1e3, nodes)
-        if region.config.debug >= 3 and name != "emit":
-            logger.info("graph %d after %s:\n%s", region.index, name, program(region))
-
-
-def program(region: Region) -> str:
-    """The region's graphs as Python: its own, then the bodies of its checkpoints."""
-    return "\n".join(body.print_readable(print_output=False) for body in bodies(region.module))
+        debug.after_pass(region, name, seconds)
+    debug.after_pipeline(region)
