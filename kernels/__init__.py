@@ -1,7 +1,7 @@
 """Fused ops. OPS is the registry: tests, benchmarks, `fusekit ops` and the docs are loops over it."""
 
 if __name__ != "fusekit.kernels":
-    raise ImportError("the folder kernels is the package fusekit.kernels: run `pip install -e .` and import that")
+    raise ImportError("the folder kernels is the package fusekit.kernels: pip install -e . and import that")
 
 from fusekit.kernels import add_layer_norm, add_rms_norm, attention, linear_act
 from fusekit.kernels.op import Op

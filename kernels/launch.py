@@ -1,7 +1,7 @@
 """The one place where a Triton kernel is started, or recorded instead.
 
-Recording serves the static lane: with `record()` on, ops run on fake tensors exactly as on a GPU, and every launch
-they would have made is collected, so what is compiled ahead of time is what ships.
+Recording serves the static lane: with `record()` on, ops run on fake tensors exactly as on a GPU, and every
+launch they would have made is collected, so what is compiled ahead of time is what ships.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Start `kernel` on `grid`; run-time arguments are positional, constexprs and num_warps/num_stages by name."""
+    """Start `kernel` on `grid`; run-time arguments are positional, constexprs and num_warps/num_stages by
+    name."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
     elif all(grid):  # an empty tensor has nothing to compute and CUDA refuses an empty grid

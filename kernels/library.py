@@ -1,7 +1,7 @@
 """Registration of ops under torch.ops.fusekit.
 
-`Library.define` + `impl` with a hand-written autograd.Function at the Autograd key costs 10-14 µs a forward call,
-against 16-18 for `torch.library.custom_op` (measured on a CPU, one thread).
+`Library.define` + `impl` with a hand-written autograd.Function at the Autograd key costs 10-14 µs a forward
+call, against 16-18 for `torch.library.custom_op` (measured on a CPU, one thread).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def define(
         schema: "name(Tensor x, ...) -> ..." without the namespace.
         run: computes; branches on `on_gpu(x)`. Registered for both the CPU and the CUDA key.
         fake: shapes, dtypes and strides only.
-        autograd: called in place of `run` when autograd is on; applies the autograd.Function. None for the inner
-            forward and backward ops, which nobody differentiates.
-        autocast: what ambient autocast does to a direct call: "lower" casts floating tensors to the autocast dtype,
-            "float32" casts them up, None leaves them.
+        autograd: called in place of `run` when autograd is on; applies the autograd.Function. None for the
+            inner forward and backward ops, which nobody differentiates.
+        autocast: what ambient autocast does to a direct call: "lower" casts floating tensors to the autocast
+            dtype, "float32" casts them up, None leaves them.
         tags: torch.Tag values for the schema.
     """
     name = schema.split("(", 1)[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Config:
     """FUSEKIT_DEBUG, FUSEKIT_DISABLE, FUSEKIT_FUEL and FUSEKIT_VERIFY.
 
-    debug: 1 a line per fusion and refusal, 2 time and bytes per pass, 3 the graph after each pass, 4 near-matches.
+    debug: 1 a line per fusion and refusal, 2 time and bytes per pass, 3 graphs, 4 near-matches.
     disable: names of ops or rule sources that may not be applied.
     fuel: only the first n rewrites are made; None is no limit.
     verify: check the invariants between passes.
@@ -25,7 +25,8 @@ class Config:
     def from_environment(cls) -> Config:
         return cls(
             debug=_integer("FUSEKIT_DEBUG") or 0,
-            disable=frozenset(filter(None, (s.strip() for s in os.environ.get("FUSEKIT_DISABLE", "").split(",")))),
+            disable=frozenset(name.strip() for name in os.environ.get("FUSEKIT_DISABLE", "").split(","))
+            - {""},
             fuel=_integer("FUSEKIT_FUEL"),
             verify=bool(_integer("FUSEKIT_VERIFY")),
         )
