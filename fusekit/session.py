@@ -34,7 +34,8 @@ class Session:
         self.capture = Capture(settings=settings, config=config)
         self.graph_breaks: list[str] = []
         self.after_call: list[Hook] = []
-        self.unsettled = True  # it has compiled something since `settle`
+        self.unsettled = True  # a call that compiled, or the first one, has not been looked at yet
+        self._listening = False
         self.replaced_call: Callable[..., Any] | None = None  # what `restore` puts back
 
     @property
@@ -52,10 +53,16 @@ class Session:
     def failures(self) -> list[Failure]:
         return self.capture.failures
 
+    def listen(self) -> None:
+        """Before a compilation of ours: what Dynamo noted until now belongs to others."""
+        if not self._listening:
+            _compat.take_graph_breaks()
+        self._listening = self.unsettled = True
+
     def settle(self) -> None:
         """After a call that compiled: note graph breaks, warn about frames Dynamo gave up, apply `strict`."""
-        self.unsettled = False
-        breaks, skipped = _compat.take_graph_breaks()
+        breaks, skipped = _compat.take_graph_breaks() if self._listening else ([], [])
+        self._listening = self.unsettled = False
         self.graph_breaks += [text for text in breaks if text not in self.graph_breaks]
         _given_up.update({frame.code: frame for frame in skipped})
         codes = {_code(module) for module in self.model.modules()} | {frame.code for frame in skipped}
@@ -141,7 +148,7 @@ _current = _Current()
 def _on_compile_start(_: Any) -> None:
     if not _current.sessions:
         return  # somebody else's torch.compile
-    _current.sessions[-1].unsettled = True
+    _current.sessions[-1].listen()
     settings = _compat.dynamo_settings()
     settings.__enter__()
     _current.settings.append(settings)

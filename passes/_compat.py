@@ -195,7 +195,7 @@ def take_graph_breaks() -> tuple[list[str], list[Skipped]]:
             reason=headline(m.fail_reason),
         )
         for m in _unseen(torch._dynamo.utils.get_compilation_metrics())
-        if m.fail_type and m.fail_type != "SkipFrame"
+        if m.fail_type not in (None, "SkipFrame", "BackendCompilerFailed")  # those two are told by the backend
     ]
     return breaks, skipped
 

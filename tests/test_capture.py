@@ -155,13 +155,13 @@ def _pieces(output: Any) -> list[Tensor]:
 
 def _loss(output: Any) -> Tensor:
     loss = getattr(output, "loss", None)
-    return sum(piece.float().square().mean() for piece in _pieces(output)) if loss is None else loss
+    return torch.stack([p.float().square().mean() for p in _pieces(output)]).sum() if loss is None else loss
 
 
 def assert_twins(
     model: nn.Module, batch: Batch, around: Any = contextlib.nullcontext, steps: int = 3
 ) -> None:
-    """Three optimizer steps of the captured model and of its eager copy agree in every bit."""
+    """Optimizer steps of the captured model and of its eager copy agree in every bit."""
     eager, captured = copy.deepcopy(model), fusekit.optimize(model, fuse="none", remainder="eager")
     models = (eager, captured)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in models]
@@ -241,7 +241,7 @@ def test_hugging_face_model_is_one_graph_bit_equal_to_eager(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model, batch = _transformers()[name](transformers)
-    assert_twins(model.train(), batch)
+    assert_twins(model.train(), batch, steps=2)
     assert len(session(model).regions) == 1
 
 

@@ -53,9 +53,15 @@ def region(captured: Region) -> Region:
     return Region(module=copy_graph(captured.module), settings=Settings(), config=Config())
 
 
-def _call(region: Region, target: Any, position: int = 0, body: int = 0) -> torch.fx.Node:
+def _call(region: Region, target: Any, position: int = 0, body: int = 0) -> Any:
     graph = bodies(region.module)[body].graph
     return list(graph.find_nodes(op="call_function", target=target))[position]
+
+
+def _output(region: Region, position: int) -> Any:
+    (output,) = region.module.graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    return results[position]
 
 
 def _forget_a_value(region: Region) -> None:
@@ -63,13 +69,13 @@ def _forget_a_value(region: Region) -> None:
 
 
 def _change_a_dtype(region: Region) -> None:
-    (output,) = region.module.graph.find_nodes(op="output")
-    output.args[0][0].meta["val"] = output.args[0][0].meta["val"].double()
+    node = _output(region, 0)
+    node.meta["val"] = node.meta["val"].double()
 
 
 def _change_a_stride(region: Region) -> None:
-    (output,) = region.module.graph.find_nodes(op="output")
-    output.args[0][2].meta["val"] = output.args[0][2].meta["val"].contiguous()
+    node = _output(region, 2)
+    node.meta["val"] = node.meta["val"].contiguous()
 
 
 def _copy_a_view(region: Region) -> None:
