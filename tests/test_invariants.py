@@ -79,7 +79,7 @@ def _change_a_stride(region: Region) -> None:
 
 
 def _copy_a_view(region: Region) -> None:
-    node = _call(region, aten.view.default)
+    node = _output(region, 1)
     node.meta["val"] = node.meta["val"].clone()
 
 
