@@ -82,15 +82,16 @@ def _outputs(module: fx.GraphModule) -> list[str]:
     ]
 
 
-def _aliases(module: fx.GraphModule) -> list[int]:
-    """For each output, the position of the first input or output that shares its memory; -1 for no tensor."""
-    inputs = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
-    seen: dict[int, int] = {}
-    positions = []
-    for position, value in enumerate([*inputs, *_output_values(module)]):
+def _aliases(module: fx.GraphModule) -> list[str]:
+    """For each output, the first input or output that shares its memory; passes may add inputs, so by name."""
+    inputs = [(node.name, node.meta.get("val")) for node in module.graph.find_nodes(op="placeholder")]
+    outputs = [(f"output {position}", value) for position, value in enumerate(_output_values(module))]
+    owners: dict[int, str] = {}
+    shared = []
+    for name, value in inputs + outputs:
         storage = value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-        positions.append(-1 if storage is None else seen.setdefault(storage, position - len(inputs)))
-    return positions[len(inputs) :]
+        shared.append(name if storage is None else owners.setdefault(storage, name))
+    return shared[len(inputs) :]
 
 
 def _calls(module: fx.GraphModule) -> Iterator[fx.Node]:
