@@ -47,6 +47,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small text file so that readers see the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from None
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote, with every tensor on the CPU. Nothing in the file is executed.
 

@@ -16,7 +16,7 @@ from fusekit.gpt import GPTConfig
 from fusekit.train_config import PRECISIONS, PROVIDERS, TrainConfig
 
 TRAIN_OPTIONS = {
-    "steps": "optimizer steps",
+    "steps": "optimizer steps, 60 with --compare",
     "batch": "rows per batch",
     "accumulate": "batches per optimizer step",
     "lr": "peak learning rate",
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", "train a GPT or a Hugging Face causal LM on a text file")
     _add_fields(train, TrainConfig, TRAIN_OPTIONS)
+    train.set_defaults(steps=None)
     train.add_argument(
         "--provider", choices=PROVIDERS, default="fusekit", help="who runs the model (default fusekit)"
     )

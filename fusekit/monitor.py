@@ -89,6 +89,13 @@ class Monitor:
             self._last_line = time.monotonic()
             self.console.print(f"{self.title} {step}/{self.total} {numbers}", highlight=False, soft_wrap=True)
 
+    def status(self, text: str) -> None:
+        """What is going on while there is no step to show."""
+        self._bar.update(self._task, numbers=text)
+        if self._bar.disable and time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"{self.title} {text}", highlight=False, soft_wrap=True)
+
     def say(self, sentence: str) -> None:
         (self._bar.console if not self._bar.disable else self.console).print(
             sentence, highlight=False, soft_wrap=True
