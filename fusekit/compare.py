@@ -103,8 +103,8 @@ def compare(comparison: Comparison, console: Console | None = None) -> int:
     console.print(table(results))
     if results and "threads" in results[0]:
         console.print(
-            f"{results[0]['parameters'] / 1e6:.1f} M parameters, {steps} steps, {results[0]['threads']} threads; "
-            f"report.json{' and comparison.png' * drawn} in {comparison.folder}",
+            f"{results[0]['parameters'] / 1e6:.1f} M parameters, {steps} steps, {results[0]['threads']} thread(s); "
+            f"report.json{' and comparison.png' * drawn} are in {comparison.folder}",
             highlight=False,
             soft_wrap=True,
         )
@@ -188,7 +188,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     shown = Table(
         title="Same model, data and seed", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for heading in ("", "ms/step", "speed", "CPU ms", "peak MB", "train", "val", "start s", "parity"):
+    for heading in ("", "ms/step", "speed", "CPU ms", "peak", "train", "val", "start", "parity"):
         shown.add_column(heading, justify="left" if heading in ("", "parity") else "right", no_wrap=True)
     shown.caption, shown.caption_justify = NOTE, "left"
     base = results[0].get("step_seconds") if results else None
@@ -201,10 +201,10 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{1e3 * r['step_seconds']:.0f}",
             f"{base / r['step_seconds']:.2f}×" if base else "",
             f"{1e3 * r['step_cpu_seconds']:.0f}",
-            f"{r['peak_bytes'] / 2**20:.0f}",
+            f"{r['peak_bytes'] / 2**20:.0f} MB",
             f"{r['train_loss']:.3f}",
             f"{r['validation_loss']:.3f}",
-            f"{r['first_step_seconds']:.0f}",
+            f"{r['first_step_seconds']:.0f} s",
             parity(r),
         )
     return shown
@@ -213,4 +213,4 @@ def table(results: list[dict[str, Any]]) -> Table:
 def parity(result: dict[str, Any]) -> str:
     if "parity" not in result:
         return "–"
-    return f"{'ok' if result['parity'] else 'FAILED'}, {result['sites']} sites"
+    return f"{result['sites']} sites {'ok' if result['parity'] else 'FAILED'}"
