@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", action="store_true", help="eager, autocast, torch.compile and fusekit side by side"
     )
     train.add_argument(
-        "--minutes", type=float, default=5.0, help="with --compare: about how long it may take (default 5)"
+        "--minutes", type=float, default=4.5, help="with --compare: about how long it may take (default 4.5)"
     )
     train.add_argument("--quiet", action="store_true", help="no progress")
 

@@ -16,14 +16,14 @@ from torch import nn
 from fusekit.data import load_corpus
 from fusekit.doctor import examine
 from fusekit.gpt import GPTConfig
+from fusekit.kernels.linear_cpu import multiplies
 from fusekit.models import build_model
 from fusekit.monitor import Monitor
 from fusekit.train_config import TrainConfig
 from fusekit.trainer import Trainer
 
-COMPARE_STEPS = (
-    60  # enough for the loss curves to tell; 4 runs of 17 M parameters in about 5 minutes on 2 cores
-)
+COMPARE_STEPS = 60  # enough for the loss curves to tell
+SMALL = {"layers": 4, "width": 128, "heads": 4, "context": 128, "vocab": 2048}
 
 
 def train(options: argparse.Namespace) -> int:
@@ -33,6 +33,15 @@ def train(options: argparse.Namespace) -> int:
     sizes, device = _sizes(options), _device(options)
     if options.compare:
         from fusekit.compare import Comparison, compare
+
+        if device.type == "cpu" and not multiplies(torch.bfloat16) and sizes == asdict(GPTConfig()):
+            sizes |= SMALL
+            config = replace(config, context=SMALL["context"])
+            print(
+                "This CPU has no bf16 products: PyTorch emulates them, up to 40 times slower than float32. "
+                "The comparison uses a smaller model; --width and the like choose another.",
+                file=sys.stderr,
+            )
 
         comparison = Comparison(
             config=replace(config, warmup=min(config.warmup, config.steps // 4)),

@@ -35,8 +35,10 @@ CONTENDERS = (  # name, provider, precision; the first sets the number of steps
     ("torch.compile bf16", "compile", "bf16"),
     ("fusekit bf16", "fusekit", "bf16"),
 )
-NOTE = "bf16 of eager and torch.compile is torch.autocast; speed is relative to the first row"
+NOTE = "bf16 of eager and torch.compile is torch.autocast; speed: wall time, against the first row"
 FIXED_SECONDS = 130.0  # four starts, torch.compile, capture, verify: measured on 2 cores
+PATIENCE = 1.5  # times the minutes asked for, after which what is not finished is stopped
+LEAST_SECONDS = 45.0  # kept for each contender that still waits
 HEARTBEAT = 5.0  # seconds of silence after which the user is told what is going on
 
 
@@ -51,7 +53,11 @@ class Comparison:
     data: str | None = None
     device: str = "cpu"
     threads: int | None = None
-    minutes: float = 5.0
+    minutes: float = 4.5
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ValueError(f"--minutes is greater than 0, got {self.minutes}")
 
     def spec(self, provider: str, precision: str, steps: int, seconds: float | None) -> dict[str, Any]:
         config = replace(self.config, provider=provider, precision=precision, log_every=1)
@@ -76,6 +82,7 @@ def compare(comparison: Comparison, console: Console | None = None) -> int:
     """
     console = console or Console()
     comparison.folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + PATIENCE * 60 * comparison.minutes
     steps, share = (
         comparison.config.steps,
         max(5.0, (60 * comparison.minutes - FIXED_SECONDS) / len(CONTENDERS)),
@@ -85,7 +92,9 @@ def compare(comparison: Comparison, console: Console | None = None) -> int:
     try:
         for name, provider, precision in CONTENDERS:
             seconds = share if not results else 2 * share  # a slower one may take longer, but not for ever
-            result = _run(name, comparison.spec(provider, precision, steps, seconds), console)
+            waiting = len(CONTENDERS) - len(results) - 1
+            limit = deadline - LEAST_SECONDS * waiting
+            result = _run(name, comparison.spec(provider, precision, steps, seconds), console, limit)
             results.append({"name": name} | result)
             if len(results) == 1 and "steps" in result:
                 steps = result["steps"]
@@ -101,19 +110,14 @@ def compare(comparison: Comparison, console: Console | None = None) -> int:
     replace_text(comparison.folder / "report.json", json.dumps(report, indent=1))
     drawn = plot_comparison(results, comparison.folder / "comparison.png")
     console.print(table(results))
-    if results and "threads" in results[0]:
-        console.print(
-            f"{results[0]['parameters'] / 1e6:.1f} M parameters, {steps} steps, {results[0]['threads']} thread(s); "
-            f"report.json{' and comparison.png' * drawn} are in {comparison.folder}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    names = f"report.json{' and comparison.png' * drawn}"
+    console.print(f"{names} written to {comparison.folder}", highlight=False, soft_wrap=True)
     if interrupted:
         return 130
     return 0 if results[-1].get("parity") else 1
 
 
-def _run(name: str, spec: dict[str, Any], console: Console) -> dict[str, Any]:
+def _run(name: str, spec: dict[str, Any], console: Console, deadline: float) -> dict[str, Any]:
     """One contender; its summary, or {"error": sentence}."""
     monitor = Monitor(spec["steps"], title=f"{name:18}", console=console)
     errors = Path(spec["folder"]) / "stderr.txt"
@@ -131,7 +135,7 @@ def _run(name: str, spec: dict[str, Any], console: Console) -> dict[str, Any]:
             assert child.stdin is not None
             child.stdin.write(json.dumps(spec))
             child.stdin.close()
-            outcome = _follow(child, monitor)
+            outcome = _follow(child, monitor, deadline)
             code = child.wait()
         finally:
             child.kill()
@@ -142,9 +146,11 @@ def _run(name: str, spec: dict[str, Any], console: Console) -> dict[str, Any]:
     return outcome
 
 
-def _follow(child: subprocess.Popen[str], monitor: Monitor) -> dict[str, Any] | None:
+def _follow(child: subprocess.Popen[str], monitor: Monitor, deadline: float) -> dict[str, Any] | None:
     phase, since, outcome = "starting", time.monotonic(), None
     for event in _events(child):
+        if time.monotonic() > deadline and outcome is None:
+            return {"error": f"stopped while {phase}: the time is over; --minutes gives more"}
         if event is None:
             monitor.status(f"{phase}, {time.monotonic() - since:.0f} s")
         elif "phase" in event:
@@ -191,6 +197,12 @@ def table(results: list[dict[str, Any]]) -> Table:
     for heading in ("", "ms/step", "speed", "CPU ms", "peak", "train", "val", "start", "parity"):
         shown.add_column(heading, justify="left" if heading in ("", "parity") else "right", no_wrap=True)
     shown.caption, shown.caption_justify = NOTE, "left"
+    measured = next((r for r in results if "parameters" in r), None)
+    if measured:
+        shown.caption = (
+            f"{measured['parameters'] / 1e6:.1f} M parameters, {measured['steps']} steps, "
+            f"{measured['threads']} CPU threads; {NOTE}"
+        )
     base = results[0].get("step_seconds") if results else None
     for r in results:
         if "error" in r:

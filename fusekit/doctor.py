@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusekit.kernels import OPS
+from fusekit.kernels.linear_cpu import multiplies
 from fusekit.meter import machine
 
 PACKAGES = (  # name, what for, how to get it
@@ -39,7 +40,7 @@ def examine() -> int:
         table.add_row(name, versions[name] or "-", purpose, "" if versions[name] else remedy)
     console.print(table)
     for name, obstacle in _lanes(versions).items():
-        console.print(f"{name:22} {'yes' if obstacle is None else 'no: ' + obstacle}", highlight=False)
+        console.print(f"{name:24} {'yes' if obstacle is None else 'no: ' + obstacle}", highlight=False)
     console.print(f"ops: {', '.join(OPS) or 'none'}", highlight=False)
     problem = _problem()
     if problem:
@@ -61,6 +62,9 @@ def _lanes(versions: dict[str, str | None]) -> dict[str, str | None]:
     )
     return {
         "training": needs("tokenizers"),
+        "fast bf16 on this CPU": None
+        if multiplies(torch.bfloat16)
+        else "no AVX512-BF16 or AMX; it is emulated",
         "torch.compile on CPU": compiler,
         "native lane": needs("pytest"),
         "sanitizer lane": linux or needs("pytest", "triton", "ttsem"),
