@@ -1,1 +1,1 @@
-"""Measurements. Each module is a command, `python -m benchmarks.<name>`, and writes a file into benchmarks/results."""
+"""Measurements: `python -m benchmarks.<name>` writes a file into benchmarks/results."""

@@ -1,0 +1,61 @@
+"""How long calls take: device time on CUDA, process time on a CPU; contenders take turns; medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], Any]
+QUEUE_CYCLES = 4_000_000  # about 2 ms: the host gets ahead, so launch gaps are not measured
+
+
+class Clock(Protocol):
+    """sample: seconds of each call, made one after the other."""
+
+    def sample(self, calls: Sequence[Call]) -> list[float]: ...
+
+
+class CudaClock:
+    """CUDA events around each call, behind a sleeping kernel that lets the host fill the queue."""
+
+    def sample(self, calls: Sequence[Call]) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+        torch.cuda._sleep(QUEUE_CYCLES)
+        for call, (start, end) in zip(calls, events, strict=True):
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+
+class CpuClock:
+    """Process time over all threads."""
+
+    def sample(self, calls: Sequence[Call]) -> list[float]:
+        seconds = []
+        for call in calls:
+            started = time.process_time()
+            call()
+            seconds.append(time.process_time() - started)
+        return seconds
+
+
+def medians(contenders: Mapping[str, Sequence[Call]], clock: Clock, rounds: int) -> dict[str, float]:
+    """Median seconds of each contender.
+
+    Args:
+        contenders: per name, the same call on several copies of the data, so that each finds the cache cold.
+        rounds: how often each contender goes through its calls; the first round is a warm-up and not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, calls in contenders.items():
+            sampled = clock.sample(calls)
+            if number:
+                seconds[name] += sampled
+    return {name: statistics.median(values) for name, values in seconds.items()}

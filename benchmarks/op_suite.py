@@ -1,0 +1,166 @@
+"""Every op of the registry against what one would write in PyTorch, eager and compiled, in both directions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.clock import Call, Clock, medians
+from fusekit.kernels import OPS
+from fusekit.kernels.op import Op, Sample
+
+CACHE_BYTES = 256 << 20  # copies of the arguments together exceed every level-2 cache in use (H200: 50 MB)
+MOST_COPIES = 12
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    op: Op
+    dtype: torch.dtype
+    sample: Sample
+    index: int
+
+
+def cases(device: torch.device, *, bench: bool = True) -> Iterator[Case]:
+    """All cases, the first sample of every op first, so that a short time still sees every op."""
+    remaining = [(name, op, dtype) for dtype in DTYPES for name, op in OPS.items()]
+    for index in itertools.count():  # one sample at a time in memory
+        for row in list(remaining):
+            name, op, dtype = row
+            chosen = (s for s in op.samples(device, dtype) if s.bench == bench)
+            sample = next(itertools.islice(chosen, index, None), None)
+            if sample is None:
+                remaining.remove(row)
+            elif op.supports(*sample.args) is None:
+                yield Case(name, op, dtype, sample, index)
+        if not remaining:
+            return
+
+
+def measure(case: Case, clock: Clock, *, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Median seconds of forward and backward for each contender, and the fused forward pass's FLOP/s."""
+    eager = BASELINES.get(case.name, case.op.reference)
+    contenders: dict[str, Callable[..., Any]] = {"fused": case.op.fused, "eager": eager}
+    if compiled:
+        torch._dynamo.reset()
+        torch._functorch.config.donated_buffer = False  # the backward pass runs many times over one forward
+        contenders["compile"] = torch.compile(eager, dynamic=False)
+    copies = _copies(case.sample.args)
+    forward: dict[str, list[Call]] = {}
+    backward: dict[str, list[Call]] = {}
+    for name, fn in contenders.items():
+        forward[name] = [_forward(fn, args) for args in copies]
+        backward[name] = [call for call in (_backward(fn, args) for args in copies) if call is not None]
+    result: dict[str, Any] = {
+        "op": case.name,
+        "sample": case.sample.name or str(case.index),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "shapes": [list(a.shape) for a in case.sample.args if isinstance(a, Tensor)],
+        "against": "torch" if case.name in BASELINES else "reference",
+        "forward": medians(forward, clock, rounds),
+    }
+    result["flops_per_second"] = case.op.flops(*case.sample.args) / max(result["forward"]["fused"], 1e-12)
+    if all(backward.values()):
+        result["backward"] = medians(backward, clock, rounds)
+    return result
+
+
+def _copies(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    size = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+    count = min(MOST_COPIES, max(2, math.ceil(CACHE_BYTES / max(size, 1))))
+    return [args] + [tuple(_copy(a) for a in args) for _ in range(count - 1)]
+
+
+def _copy(value: Any) -> Any:
+    """The same values, strides and requires_grad in other memory."""
+    if not isinstance(value, Tensor):
+        return value
+    with torch.no_grad():
+        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        if 0 in value.stride():  # an expanded mask stays expanded
+            return value
+        copy.copy_(value)
+    return copy.requires_grad_(value.requires_grad)
+
+
+def _forward(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
+    def call() -> Any:
+        with torch.no_grad():
+            return fn(*args)
+
+    return call
+
+
+def _backward(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call | None:
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    returned = fn(*args)
+    outputs = [
+        t for t in (returned if isinstance(returned, tuple) else (returned,)) if t.requires_grad and t.numel()
+    ]
+    if not inputs or not outputs:
+        return None
+    grads = [torch.randn_like(t) for t in outputs]
+    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True, allow_unused=True)
+
+
+def _linear_act(x, weight, bias=None, residual=None, act="none", tf32=False):  # type: ignore[no-untyped-def]
+    y = _ACTIVATIONS[act](F.linear(x, weight, bias))
+    return y if residual is None else y + residual
+
+
+def _add_layer_norm(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
+    h = x if residual is None else x + residual
+    y = F.layer_norm(h, h.shape[-1:], _like(weight, h), _like(bias, h), eps)
+    return y, h.new_empty(0) if residual is None else h
+
+
+def _add_rms_norm(x, residual, weight, eps, offset=0.0):  # type: ignore[no-untyped-def]
+    h = x if residual is None else x + residual
+    gain = None if weight is None else _like(weight, h) + offset if offset else _like(weight, h)
+    return F.rms_norm(h, h.shape[-1:], gain, eps), h.new_empty(0) if residual is None else h
+
+
+def _attention(
+    q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False
+):  # type: ignore[no-untyped-def]
+    if mask is not None and causal:
+        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        mask, causal = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -math.inf), False
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, causal, scale=scale, **({"enable_gqa": True} if grouped else {})
+    )
+
+
+def _like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+# What a user would write; an op without a row is measured against its reference.
+BASELINES: dict[str, Callable[..., Any]] = {
+    "add_layer_norm": _add_layer_norm,
+    "add_rms_norm": _add_rms_norm,
+    "attention": _attention,
+    "linear_act": _linear_act,
+}

@@ -1,0 +1,172 @@
+"""The command line: every command works, every mistake is a sentence on stderr and a non-zero exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusekit.cli import main
+from fusekit.commands import SMALL
+from fusekit.gpt import GPTConfig
+from fusekit.kernels import OPS
+
+TINY = ["--layers=1", "--heads=2", "--width=16", "--context=16", "--vocab=300"]
+EAGER = [*TINY, "--provider=eager", "--precision=float32", "--steps=4", "--batch=2", "--warmup=1", "--quiet"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog and runs away. " * 80)
+    return str(path)
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def assert_sentence(code, errors, *words):
+    assert code != 0
+    assert errors.startswith("fusekit ") and "Traceback" not in errors
+    for word in words:
+        assert word in errors
+
+
+def test_train_writes_a_run_and_resumes_it(capsys, tmp_path, text):
+    out = tmp_path / "run"
+    assert run(capsys, "train", *EAGER, "--data", text, "--out", out)[0] == 0
+    assert {"checkpoint.pt", "metrics.jsonl", "loss.png"} <= {p.name for p in out.iterdir()}
+    code, _, errors = run(capsys, "train", *EAGER, "--data", text, "--out", out)
+    assert_sentence(code, errors, "exists", "--resume", "--overwrite")
+    assert run(capsys, "train", *EAGER, "--steps=6", "--data", text, "--out", out, "--resume")[0] == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert run(capsys, "train", *EAGER, "--data", text, "--out", out, "--overwrite")[0] == 0
+
+
+def test_train_with_fusekit(capsys, tmp_path, text):
+    options = [*EAGER, "--provider=fusekit", "--data", text, "--out", tmp_path / "run"]
+    assert run(capsys, "train", *options)[0] == 0
+
+
+def test_train_a_hugging_face_model(tmp_path, text):
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-P", "-m", "fusekit", "train", *EAGER, "--hf-config=llama"]
+    command += ["--data", text, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data=/no/such/file"], ["/no/such/file", "does not exist"]),
+        (["--width=17"], ["width 17", "heads"]),
+        (["--lr=-1"], ["lr is greater than 0"]),
+        (["--resume"], ["there is no checkpoint"]),
+        (["--device=tpu"], ["--device"]),
+        (["--threads=0"], ["--threads"]),
+        (["--vocab=100"], ["at least 257"]),
+        (["--context=100000"], ["too short"]),
+        (["--hf-config=nonsense"], ["nonsense"]),
+        (["--compare", "--minutes=0"], ["--minutes"]),
+    ],
+)
+def test_mistakes_in_train_are_sentences(capsys, tmp_path, text, options, words):
+    if options[0].startswith("--hf-config"):
+        pytest.importorskip("transformers")
+    code, _, errors = run(capsys, "train", *EAGER, "--data", text, "--out", tmp_path / "run", *options)
+    assert_sentence(code, errors, *words)
+
+
+def test_a_damaged_checkpoint_is_a_sentence(capsys, tmp_path, text):
+    out = tmp_path / "run"
+    assert run(capsys, "train", *EAGER, "--data", text, "--out", out)[0] == 0
+    (out / "checkpoint.pt").write_bytes(b"garbage")
+    code, _, errors = run(capsys, "train", *EAGER, "--data", text, "--out", out, "--resume")
+    assert_sentence(code, errors, "is damaged")
+    assert (out / "checkpoint.pt").read_bytes() == b"garbage"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_names_the_remedy(capsys):
+    code, _, errors = run(capsys, "explain", *TINY, "--device=cuda")
+    assert_sentence(code, errors, "fusekit doctor")
+
+
+def test_unknown_commands_and_choices_exit_with_2(capsys):
+    for arguments in (["fly"], ["train", "--precision=fp3"], []):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_an_unforeseen_error_is_one_line_too(capsys, monkeypatch):
+    def fail(options):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("fusekit.commands.ops", fail)
+    monkeypatch.delenv("FUSEKIT_DEBUG", raising=False)
+    code, _, errors = run(capsys, "ops")
+    assert_sentence(code, errors, "KeyError", "surprise", "FUSEKIT_DEBUG=1")
+    assert len(errors.splitlines()) == 1
+
+
+def test_ctrl_c_exits_with_130(capsys, monkeypatch):
+    def stop(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusekit.commands.ops", stop)
+    assert run(capsys, "ops")[0] == 130
+
+
+def test_ops_lists_the_registry(capsys):
+    code, output, _ = run(capsys, "ops")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == list(OPS)
+
+
+def test_doctor_names_versions_and_lanes(capsys):
+    code, output, _ = run(capsys, "doctor")
+    assert code == 0
+    assert torch.__version__ in output
+    for lane in ("native lane", "sanitizer lane", "static lane", "gpu lane"):
+        assert lane in output
+
+
+def test_explain_of_the_builtin_model(capsys):
+    code, output, _ = run(capsys, "explain", *TINY, "--json", "--precision=float32")
+    assert code == 0
+    assert json.loads(output)["graphs"] == 1
+
+
+def test_verify_of_the_builtin_model(capsys):
+    code, output, _ = run(capsys, "verify", *TINY, "--json", "--precision=float32")
+    assert code == 0
+    assert json.loads(output)["ok"] is True
+
+
+def test_bisect_of_the_builtin_model(capsys):
+    code, output, _ = run(capsys, "bisect", *TINY, "--json", "--precision=float32")
+    assert code == 0
+    assert json.loads(output)["guilty"] == []
+
+
+def test_bench_lists_benchmarks_or_says_where_they_are(capsys, monkeypatch, tmp_path):
+    code, output, _ = run(capsys, "bench")
+    assert code == 0 and "gpt_step" in output
+    monkeypatch.setattr(
+        "fusekit.commands.__file__", str(tmp_path / "site-packages" / "fusekit" / "commands.py")
+    )
+    code, _, errors = run(capsys, "bench")
+    assert_sentence(code, errors, "clone the repository", "make gpu")
+
+
+def test_the_small_demo_model_is_a_model():
+    assert GPTConfig(**SMALL).context == SMALL["context"]
