@@ -151,7 +151,7 @@ def measure(
     try:
         for contender in contenders:
             console.print(f"starting {contender[0]}", highlight=False)
-            running.append(Contender.start(*contender, shape))
+            running.append(Contender.start(*contender, shape=shape))
             for _ in range(WARM_UP):
                 running[-1].step()
         for number in range(rounds):
@@ -198,8 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not (options.tiny or options.anyway or multiplies(torch.bfloat16)):
         print(
-            "gpt_step: this CPU has no bf16 products (AVX512-BF16 or AMX); PyTorch emulates them and one step takes "
-            "minutes, which says nothing about CPUs that have them. --anyway measures all the same",
+            "gpt_step: this CPU has no bf16 products (AVX512-BF16 or AMX); PyTorch emulates them and a step "
+            "takes minutes, which says nothing about CPUs that have them. --anyway measures all the same",
             file=sys.stderr,
         )
         return 1

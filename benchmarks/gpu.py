@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--minutes is greater than 0 and --rounds at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "benchmarks.gpu: PyTorch finds no CUDA GPU here; python -m benchmarks.gpt_step is the CPU's figure",
+            "benchmarks.gpu: PyTorch finds no CUDA GPU here; a CPU has python -m benchmarks.gpt_step",
             file=sys.stderr,
         )
         return 1

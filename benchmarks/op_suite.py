@@ -1,4 +1,4 @@
-"""Every op of the registry against what one would write in PyTorch, eager and compiled, in both directions."""
+"""Every op of the registry against what one would write in PyTorch, eager and compiled, both directions."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def checksum(value: Any, start: int = 0) -> int:
     """CRC-32 over all tensors and plain values: torch.load sees a cut file, but not every flipped bit."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return zlib.crc32(memoryview(raw), zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start))
+        return zlib.crc32(raw.tobytes(), zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start))
     if isinstance(value, dict):
         for key, item in value.items():
             start = checksum(item, zlib.crc32(repr(key).encode(), start))

@@ -80,7 +80,8 @@ def test_copies_keep_strides_and_gradients_in_other_memory():
 
 def test_the_gpu_suite_runs_dry(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(op_suite, "CACHE_BYTES", 1)
-    monkeypatch.setattr(op_suite, "DTYPES", (torch.float32,))
+    first = [case for case, _ in zip(op_suite.cases(torch.device("cpu"), bench=False), OPS, strict=False)]
+    monkeypatch.setattr(gpu, "cases", lambda device, bench: first)
     path = tmp_path / "dry.json"
     code = gpu.main(["--device=cpu", "--skip-tests", "--rounds=1", f"--out={path}", "--minutes=3"])
     results = json.loads(path.read_text())
@@ -100,6 +101,8 @@ def test_a_failing_op_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
         raise ValueError("no such kernel\nwith details")
 
     monkeypatch.setattr(gpu, "measure", fail)
+    first = [case for case, _ in zip(op_suite.cases(torch.device("cpu"), bench=False), OPS, strict=False)]
+    monkeypatch.setattr(gpu, "cases", lambda device, bench: first)
     broken = suite(tmp_path)
     broken.run_ops(rounds=1)
     errors = [r["error"] for r in broken.results["ops"]]
