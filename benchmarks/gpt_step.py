@@ -149,9 +149,9 @@ def measure(
     """Warm every contender up, one after the other; then let them take turns."""
     running: list[Contender] = []
     try:
-        for contender in contenders:
-            console.print(f"starting {contender[0]}", highlight=False)
-            running.append(Contender.start(*contender, shape=shape))
+        for name, provider, precision in contenders:
+            console.print(f"starting {name}", highlight=False)
+            running.append(Contender.start(name, provider, precision, shape))
             for _ in range(WARM_UP):
                 running[-1].step()
         for number in range(rounds):

@@ -150,6 +150,7 @@ def _follow(child: subprocess.Popen[str], monitor: Monitor, deadline: float) -> 
     phase, since, outcome = "starting", time.monotonic(), None
     for event in _events(child):
         if time.monotonic() > deadline and outcome is None:
+            child.kill()
             return {"error": f"stopped while {phase}: the time is over; --minutes gives more"}
         if event is None:
             monitor.status(f"{phase}, {time.monotonic() - since:.0f} s")
