@@ -38,7 +38,7 @@ CONTENDERS = (  # name, provider, precision; the first sets the number of steps
 NOTE = "bf16 of eager and torch.compile is torch.autocast; speed: wall time, against the first row"
 FIXED_SECONDS = 130.0  # four starts, torch.compile, capture, verify: measured on 2 cores
 PATIENCE = 1.5  # times the minutes asked for, after which what is not finished is stopped
-LEAST_SECONDS = 45.0  # kept for each contender that still waits
+LEAST_SHARE = 0.1  # of that time, kept for each contender that still waits
 HEARTBEAT = 5.0  # seconds of silence after which the user is told what is going on
 
 
@@ -82,7 +82,8 @@ def compare(comparison: Comparison, console: Console | None = None) -> int:
     """
     console = console or Console()
     comparison.folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + PATIENCE * 60 * comparison.minutes
+    patience = PATIENCE * 60 * comparison.minutes
+    deadline = time.monotonic() + patience
     steps, share = (
         comparison.config.steps,
         max(5.0, (60 * comparison.minutes - FIXED_SECONDS) / len(CONTENDERS)),
@@ -93,7 +94,7 @@ def compare(comparison: Comparison, console: Console | None = None) -> int:
         for name, provider, precision in CONTENDERS:
             seconds = share if not results else 2 * share  # a slower one may take longer, but not for ever
             waiting = len(CONTENDERS) - len(results) - 1
-            limit = deadline - LEAST_SECONDS * waiting
+            limit = deadline - LEAST_SHARE * patience * waiting
             result = _run(name, comparison.spec(provider, precision, steps, seconds), console, limit)
             results.append({"name": name} | result)
             if len(results) == 1 and "steps" in result:
