@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels.linear_cpu import multiplies
+from fusekit.kernels.op import LOW_PRECISION
+from fusekit.passes.dtype_policy import Policy, policy_of
 from fusekit.passes.propagate import tensors_of
 
 aten = torch.ops.aten
@@ -37,6 +40,8 @@ class Device:
 
 
 CPU = Device(name="CPU", float32=1.6e11, tf32=1.6e11, low=1.3e12, bandwidth=1e10)  # one thread, AMX
+PLAIN_CPU = Device(name="CPU without 16-bit products", float32=6e10, tf32=6e10, low=6e10, bandwidth=1e10)
+EMULATED = 8  # ATen's low matmuls there take 8 times as long as float32 ones: scalar code (AVX2, measured)
 GPU = Device(name="unknown GPU", float32=2e13, tf32=8e13, low=1.6e14, bandwidth=1e12)
 GPUS = [
     Device(name="A100", float32=1.95e13, tf32=1.56e14, low=3.12e14, bandwidth=1.9e12),
@@ -61,7 +66,7 @@ def device_of(value: Any) -> Device:
     """The table's entry for the device a fake tensor is on."""
     tensors = tensors_of(value)
     if not tensors or tensors[0].device.type != "cuda":
-        return CPU
+        return CPU if multiplies(torch.bfloat16) else PLAIN_CPU
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((device for device in GPUS if device.name in name), GPU)
 
@@ -72,7 +77,11 @@ def node_cost(node: fx.Node) -> Cost:
     inputs = [t for n in node.all_input_nodes for t in tensors_of(n.meta.get("val"))]
     if node.op != "call_function" or not tensors_of(value) or _moves_nothing(node, inputs):
         return Cost()
-    return roofline(node_flops(node), bytes_of([*inputs, *tensors_of(value)]), value)
+    cost = roofline(node_flops(node), bytes_of([*inputs, *tensors_of(value)]), value)
+    emulated = _is_matmul(node) and not inputs[0].is_cuda and inputs[0].dtype in LOW_PRECISION
+    if emulated and not multiplies(inputs[0].dtype):
+        return replace(cost, seconds=EMULATED * cost.seconds)
+    return cost
 
 
 def roofline(flops: int, moved: int, value: Any, tf32: bool = False) -> Cost:
@@ -115,6 +124,10 @@ def size(t: Tensor) -> int:
 def hint(number: Any) -> int:
     """A size as a number: a symbolic one by the value it was captured with."""
     return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else int(number)
+
+
+def _is_matmul(node: fx.Node) -> bool:
+    return policy_of(node, torch.bfloat16) is Policy.LOW and node.target.namespace == "aten"  # type: ignore[union-attr]
 
 
 def _stored(t: Tensor) -> int:
