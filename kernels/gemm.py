@@ -23,7 +23,7 @@ from fusekit.kernels.launch import launch
 
 SMS = 132  # streaming multiprocessors of an H100 or H200; only the choice of a tile and of splits rests on it
 GROUP_M = tl.constexpr(8)
-SUM_COLUMNS = 256
+SUM_ELEMENTS = 2048  # of partial sums that one program reads at once
 
 
 class Tile(NamedTuple):
@@ -34,14 +34,22 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (class, large): large where 128 x 128 tiles occupy most of the device.
+# large: 128 x 128 tiles occupy most of the device. split: they do not, and K is long enough to share; 4 warps,
+# since Triton 3.6 serialises the wgmma of 8 with a float32 output. ragged: rows are not 16 bytes apart, so
+# elements are loaded one by one, through registers.
 TILES = {
-    ("half", True): Tile(128, 128, 64, 8, 3),
-    ("half", False): Tile(64, 64, 64, 4, 4),
-    ("tf32", True): Tile(128, 128, 32, 8, 3),
-    ("tf32", False): Tile(64, 64, 32, 4, 4),
-    ("ieee", True): Tile(128, 128, 16, 8, 3),
-    ("ieee", False): Tile(64, 64, 16, 4, 3),
+    ("half", "large"): Tile(128, 128, 64, 8, 3),
+    ("half", "split"): Tile(128, 128, 64, 4, 3),
+    ("half", "small"): Tile(64, 64, 64, 4, 4),
+    ("half", "ragged"): Tile(64, 64, 32, 8, 2),
+    ("tf32", "large"): Tile(128, 128, 32, 8, 3),
+    ("tf32", "split"): Tile(128, 128, 32, 4, 3),
+    ("tf32", "small"): Tile(64, 64, 32, 4, 4),
+    ("tf32", "ragged"): Tile(64, 64, 32, 8, 2),
+    ("ieee", "large"): Tile(128, 64, 16, 8, 3),
+    ("ieee", "split"): Tile(128, 64, 16, 8, 3),
+    ("ieee", "small"): Tile(64, 64, 16, 4, 3),
+    ("ieee", "ragged"): Tile(64, 64, 16, 8, 2),
 }
 
 
@@ -62,26 +70,26 @@ def _gemm_kernel(
     block_n = within // group_rows
 
     # Rows and columns past the end wrap around instead of being masked: the loop stays free of predicates,
-    # and what they compute is not stored. 64 bits, since an offset may pass 2^31 elements.
-    rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    # and what they compute is not stored. Offsets are 64 bits wide: they may pass 2^31 elements.
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
 
     steps = tl.cdiv(K, BLOCK_K)
-    per_split = tl.cdiv(steps, SPLITS)
-    first = tl.program_id(1) * per_split
-    last = min(first + per_split, steps)
+    if SPLITS > 1:
+        steps = steps // SPLITS  # exact: so chosen
+    first = tl.program_id(1) * steps
 
     start = (first * BLOCK_K + depth).to(tl.int64)
-    a_ptrs = a_ptr + (rows % M)[:, None] * stride_am + start[None, :] * stride_ak
-    b_ptrs = b_ptr + start[:, None] * stride_bk + (columns % N)[None, :] * stride_bn
+    a_ptrs = a_ptr + (rows % M).to(tl.int64)[:, None] * stride_am + start[None, :] * stride_ak
+    b_ptrs = b_ptr + start[:, None] * stride_bk + (columns % N).to(tl.int64)[None, :] * stride_bn
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(first, last):
+    for step in range(0, steps):
         if EVEN_K:
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
         else:
-            inside = depth < K - step * BLOCK_K
+            inside = depth < K - (first + step) * BLOCK_K
             a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
@@ -89,7 +97,8 @@ def _gemm_kernel(
         b_ptrs += BLOCK_K * stride_bk
 
     mask = (rows < M)[:, None] & (columns < N)[None, :]
-    offsets = rows[:, None] * stride_om + columns[None, :] * stride_on
+    wide_rows, wide_columns = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    offsets = wide_rows * stride_om + wide_columns * stride_on
     if SPLITS > 1:
         output_ptr += tl.program_id(1).to(tl.int64) * M * N
     if bias_ptr is not None:
@@ -98,42 +107,54 @@ def _gemm_kernel(
         tl.store(z_ptr + offsets, accumulator.to(z_ptr.dtype.element_ty), mask=mask)
     output = ACT(accumulator)
     if residual_ptr is not None:
-        residual = rows[:, None] * stride_rm + columns[None, :] * stride_rn
+        residual = wide_rows * stride_rm + wide_columns * stride_rn
         output += tl.load(residual_ptr + residual, mask=mask, other=0.0).to(tl.float32)
     tl.store(output_ptr + offsets, output.to(output_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _sum_kernel(partial_ptr, total_ptr, PARTIALS, N, BLOCK_N: tl.constexpr):
+def _sum_kernel(partial_ptr, total_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = columns < N
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for _ in range(PARTIALS):
-        total += tl.load(partial_ptr + columns, mask=mask, other=0.0)
-        partial_ptr += N
-    tl.store(total_ptr + columns, total.to(total_ptr.dtype.element_ty), mask=mask)
+    for first in range(0, P, BLOCK_P):
+        rows = first + tl.arange(0, BLOCK_P)
+        mask = (rows < P)[:, None] & (columns < N)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        total += tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
+    tl.store(total_ptr + columns, total.to(total_ptr.dtype.element_ty), mask=columns < N)
 
 
 def sum_partials(partials: Tensor, total: Tensor) -> None:
-    """Add (P, ...) float32 partials in order into `total`, of the remaining shape and contiguous."""
-    N = total.numel()
-    launch(_sum_kernel, (triton.cdiv(N, SUM_COLUMNS),), partials, total, partials.shape[0], N,
-           BLOCK_N=SUM_COLUMNS, num_warps=4)  # fmt: skip
+    """Add (P, ...) float32 partials in a fixed order into `total`, of the remaining shape and contiguous."""
+    P, N = partials.shape[0], total.numel()
+    block_p = min(32, triton.next_power_of_2(P))
+    block_n = SUM_ELEMENTS // block_p
+    launch(_sum_kernel, (triton.cdiv(N, block_n),), partials, total, P, N,
+           BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)  # fmt: skip
 
 
-def choose(M: int, N: int, K: int, dtype: torch.dtype, tf32: bool, splittable: bool) -> tuple[Tile, int]:
-    """The tile and the number of splits of K for one product."""
-    kind = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    tile = TILES[kind, True]
+def choose(kind: str, M: int, N: int, K: int, splittable: bool) -> tuple[Tile, int]:
+    """The tile and the number of splits of K, exact, for one product of aligned rows."""
+    tile = TILES[kind, "large"]
     blocks = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
-    splits = 1
-    if splittable:  # at least 8 steps of K each, or the partials' traffic outweighs the occupancy
-        splits = max(1, min(SMS // max(blocks, 1), triton.cdiv(K, tile.k) // 8))
-    if blocks * splits < SMS * 3 // 4:
-        small = TILES[kind, False]
-        if blocks * splits < triton.cdiv(M, small.m) * triton.cdiv(N, small.n):
-            return small, 1
-    return tile, splits
+    if blocks >= SMS * 3 // 4:
+        return tile, 1
+    if splittable and blocks:  # at least 8 steps of K each, or the partials' traffic outweighs the occupancy
+        tile = TILES[kind, "split"]
+        steps = triton.cdiv(K, tile.k)
+        splits = max((s for s in range(1, min(SMS // blocks, steps // 8) + 1) if steps % s == 0), default=1)
+        if blocks * splits >= SMS // 2:
+            return tile, splits
+    return TILES[kind, "small"], 1
+
+
+def _aligned(x: Tensor | None) -> bool:
+    """Whether 16 bytes of x load at once."""
+    if x is None:
+        return True
+    row, column = x.stride()
+    elements = 16 // x.element_size()
+    return min(row, column) == 1 and max(row, column) % elements == 0 and x.storage_offset() % elements == 0
 
 
 def matmul(
@@ -162,7 +183,10 @@ def matmul(
     if plain and output.stride(0) == 1 and output.stride(1) != 1:  # column-major: the transposed product
         a, b, output = b.t(), a.t(), output.t()
     (M, K), N = a.shape, b.shape[1]
-    tile, splits = choose(M, N, K, a.dtype, tf32, splittable=plain and output.is_contiguous())
+    kind = "half" if a.dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    tile, splits = TILES[kind, "ragged"], 1
+    if all(map(_aligned, (a, b, output, residual))):
+        tile, splits = choose(kind, M, N, K, splittable=plain and output.is_contiguous())
     target = output if splits == 1 else output.new_empty((splits, M, N), dtype=torch.float32)
     residual_strides = (0, 0) if residual is None else residual.stride()
     launch(

@@ -1,4 +1,4 @@
-"""linear_act on the CPU: arguments, layouts, partial gradients, both ways of multiplying low precision."""
+"""linear_act on the CPU: arguments, layouts, partial gradients, all ways of multiplying."""
 
 import pytest
 import torch
@@ -7,16 +7,11 @@ import torch.nn.functional as F
 from fusekit.kernels import linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.linear_act import OP
+from fusekit.kernels.linear_cpu import EPILOGUES, apply_with_epilogue
 from fusekit.kernels.op import DTYPES
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 
 SAMPLES = [sample.name for sample in OP.samples("cpu", torch.float32) if not sample.bench]
-
-
-@pytest.fixture(params=[False], ids=["widens"])
-def multiplies(request, monkeypatch):
-    """Both CPU routes, whatever this processor can do."""
-    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: request.param or dtype == torch.float32)
 
 
 def assert_parity(args, **options):
@@ -34,7 +29,7 @@ def _eager(x, weight, bias=None, residual=None, act="none", tf32=False):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_samples_are_as_good_as_the_dtype_allows(name, dtype, multiplies):
+def test_samples_are_as_good_as_the_dtype_allows(name, dtype):
     (args,) = [sample.args for sample in OP.samples("cpu", dtype) if sample.name == name]
     assert_parity(args, inherent=OP.inherent)
 
@@ -44,6 +39,28 @@ def test_widened_products_round_once(act, monkeypatch):
     monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: dtype == torch.float32)
     args = (torch.randn(70, 65).bfloat16(), torch.randn(72, 65).bfloat16() / 8, torch.randn(72).bfloat16())
     assert_parity((*args, torch.randn(70, 72).bfloat16(), act), inherent=False)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_processor_that_multiplies_low_precision(act, dtype, monkeypatch):
+    def in_float32(x, weight, bias, act):  # oneDNN refuses such products where the processor has none
+        wide = (x.float(), weight.float(), None if bias is None else bias.float())
+        return apply_with_epilogue(*wide, act).to(x.dtype)
+
+    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(linear_cpu, "apply_with_epilogue", in_float32)
+    leaves = [(torch.randn(s) / 2).to(dtype).requires_grad_() for s in ((70, 65), (72, 65), (72,), (70, 72))]
+    assert_parity((*leaves[:3], None, act), inherent=OP.inherent)
+    assert_parity((*leaves, act), inherent=True)
+
+
+@pytest.mark.parametrize("bias", [torch.randn(7), None], ids=["bias", "bare"])
+@pytest.mark.parametrize("act", EPILOGUES)
+def test_onednn_epilogue_is_the_activation(act, bias):
+    x, weight = torch.randn(9, 5), torch.randn(5, 7).t()
+    expected = ACTIVATIONS[act].reference(F.linear(x, weight, bias))
+    torch.testing.assert_close(apply_with_epilogue(x, weight, bias, act), expected)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
