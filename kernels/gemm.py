@@ -34,7 +34,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# large: 128 x 128 tiles occupy most of the device. split: they do not, and K is long enough to share; 4 warps,
+# large: such tiles occupy most of the device. split: they do not, and K is long enough to share; 4 warps,
 # since Triton 3.6 serialises the wgmma of 8 with a float32 output. ragged: rows are not 16 bytes apart, so
 # elements are loaded one by one, through registers.
 TILES = {
@@ -43,11 +43,11 @@ TILES = {
     ("half", "small"): Tile(64, 64, 64, 4, 4),
     ("half", "ragged"): Tile(64, 64, 32, 8, 2),
     ("tf32", "large"): Tile(128, 128, 32, 8, 3),
-    ("tf32", "split"): Tile(128, 128, 32, 4, 3),
+    ("tf32", "split"): Tile(64, 64, 32, 4, 4),
     ("tf32", "small"): Tile(64, 64, 32, 4, 4),
     ("tf32", "ragged"): Tile(64, 64, 32, 8, 2),
-    ("ieee", "large"): Tile(128, 64, 16, 8, 3),
-    ("ieee", "split"): Tile(128, 64, 16, 8, 3),
+    ("ieee", "large"): Tile(64, 64, 16, 4, 3),
+    ("ieee", "split"): Tile(64, 64, 16, 4, 3),
     ("ieee", "small"): Tile(64, 64, 16, 4, 3),
     ("ieee", "ragged"): Tile(64, 64, 16, 8, 2),
 }

@@ -1,10 +1,10 @@
 """The CPU path of linear_act: oneDNN or MKL products, activations over blocks of rows that stay in cache.
 
 Where the processor multiplies x's low precision dtype (AMX, AVX512-BF16, AVX512-FP16) oneDNN does, with the
-activation on its float32 accumulator, so y is rounded once; z is a second product, since the gelu of a rounded
-z is off by several roundings in its tail. Elsewhere ATen emulates such products, and float32 products over
-blocks of widened rows take their place: 2048 x 384 x 1536 in bfloat16, one thread of an AVX2 processor, 38 ms
-against 315 of eager's. No float32 copy of a whole activation is made.
+activation on its float32 accumulator, so y is rounded once; z is a second product, since the gelu of a
+rounded z is off by several roundings in its tail. Elsewhere ATen emulates such products, and float32 ones
+over blocks of widened rows take their place: 2048 x 384 x 1536 in bfloat16, one thread of an AVX2 processor,
+38 ms against 315 of eager's. No float32 copy of a whole activation is made.
 """
 
 from __future__ import annotations
