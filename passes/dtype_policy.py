@@ -83,6 +83,8 @@ def policy_of(node: fx.Node, low: torch.dtype) -> Policy:
 
 def takes_dtype(target: Any) -> bool:
     """Whether a float32-policy op has a `dtype` argument that makes it read low and accumulate in float32."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False  # a higher-order operator, such as a user's autograd.Function
     names = [argument.name for argument in target._schema.arguments]
     return target.overloadpacket in _OWN_DTYPE and "dtype" in names
 

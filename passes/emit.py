@@ -24,11 +24,13 @@ def emit(region: Region) -> None:
     """
     call = _inductor(region) if _wants_inductor(region) else region.module.forward
 
+    devices = region.module.meta.get("autocast_off", ())
+
     def run(*args: Any) -> Any:
-        with without_autocast(region.module.meta.get("autocast_off", ())):
+        with without_autocast(devices):
             return call(*graph_inputs(region, args))
 
-    region.run = run
+    region.run = run if devices or region.input_casts else call
 
 
 def graph_inputs(region: Region, args: Sequence[Any]) -> Sequence[Any]:

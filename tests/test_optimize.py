@@ -282,6 +282,46 @@ def test_after_call_hooks_run_after_every_call() -> None:
     assert [len(args) for _, args, _ in calls] == [1, 0] and calls[0][0] is session(model)
 
 
+@pytest.mark.parametrize(("verify", "expected"), [("first", [0]), (2, [0, 2])])
+def test_verify_certifies_calls_that_train(
+    monkeypatch: pytest.MonkeyPatch, verify: str | int, expected: list[int]
+) -> None:
+    certified: list[int] = []
+
+    def certify(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        certified.append(len(kwargs["x"]) - 2)
+
+    monkeypatch.setattr("fusekit.verification.certify", certify)
+    model = _optimized(verify=verify)
+    for call in range(4):
+        x = torch.randn(call + 2, 8)
+        model(x=x)
+        with torch.no_grad():
+            model(x)
+    assert certified == expected
+
+
+def test_own_autograd_function_is_captured_in_low_precision() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+            return grad_output * 7
+
+    class Model(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(Double.apply(self.norm(x)))
+
+    model = fusekit.optimize(Model(), precision="bf16", remainder="eager")
+    x = torch.randn(2, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert session(model).failures == [] and len(session(model).regions) == 1
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
