@@ -124,7 +124,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        refuse_double_backward("attention", (grad_output,))
+        refuse_double_backward("attention")
         q, k, v, out, stats, mask, seed = ctx.saved_tensors
         causal, scale, dropout, seed_offset, tf32 = ctx.numbers
         settings = (mask, causal, scale, dropout, seed, seed_offset, tf32)

@@ -294,16 +294,30 @@ def _grad_key_value_kernel(
     _store_rows(dv_ptr, n, KV_HEADS * DV, dv, Tk, DV, BLOCK_DV)
 
 
-# Block of queries, block of keys, warps, stages by kernel and padded head dimension. float32 products run on
-# the FMA units, whose operands sit in registers.
+# (block of queries, block of keys, warps, stages) by kernel and padded head dimension: plain or causal; with
+# a mask, or query heads sharing keys in the last kernel; with dropout. Each is the largest tried that triton
+# 3.6 compiles for sm_90 without spills or serialised wgmma: an additive tile takes registers, Philox more.
 CONFIGS = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "grad_query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    "forward": {
+        64: ((128, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        256: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+    },
+    "grad_query": {
+        64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    },
+    "grad_key_value": {
+        64: ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
+        128: ((64, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2)),
+        256: ((16, 64, 8, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
+    },
 }
+# float32 products run on the FMA units, whose operands sit in registers.
 CONFIGS_FLOAT32 = {
-    "forward": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    "grad_query": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    "grad_query": {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
     "grad_key_value": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 
@@ -312,9 +326,17 @@ def _padded(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
-def _blocks(kernel: str, q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+def _blocks(
+    kernel: str, q: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> tuple[int, int, int, int]:
     widest = max(64, _padded(max(q.shape[-1], v.shape[-1])))
-    return (CONFIGS_FLOAT32 if q.dtype == torch.float32 else CONFIGS)[kernel][widest]
+    if q.dtype == torch.float32:
+        return CONFIGS_FLOAT32[kernel][widest]
+    plain, masked, dropping = CONFIGS[kernel][widest]
+    if dropout > 0.0:
+        return dropping
+    shared = kernel == "grad_key_value" and q.shape[1] != v.shape[1]
+    return plain if mask is None and not shared else masked
 
 
 def _constants(
@@ -346,7 +368,7 @@ def forward(
     """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats."""
     (B, H, Tq, _), Tk = q.shape, k.shape[-2]
     mask, mask_strides = _broadcast(mask, q, k)
-    block_m, block_n, warps, stages = _blocks("forward", q, v)
+    block_m, block_n, warps, stages = _blocks("forward", q, v, mask, dropout)
     constants = _constants(q, v, mask, causal, dropout, tf32, block_m, block_n)
     out = q.new_empty((B, Tq, H, v.shape[-1]))
     stats = q.new_empty((1 + (constants["MASK"] == ADDITIVE_MASK), B, H, Tq), dtype=torch.float32)
@@ -372,13 +394,13 @@ def backward(
     strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *mask_strides)
     numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, scale, scale * LOG2E, dropout, seed_offset)
 
-    block_m, block_n, warps, stages = _blocks("grad_query", q, v)
+    block_m, block_n, warps, stages = _blocks("grad_query", q, v, mask, dropout)
     launch(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
         dy, q, k, v, out, mask, seed, stats, delta, dq, *strides, *numbers,
         **_constants(q, v, mask, causal, dropout, tf32, block_m, block_n), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    block_m, block_n, warps, stages = _blocks("grad_key_value", q, v)
+    block_m, block_n, warps, stages = _blocks("grad_key_value", q, v, mask, dropout)
     launch(
         _grad_key_value_kernel, (B * kv_heads * triton.cdiv(Tk, block_n),),
         dy, q, k, v, mask, seed, stats, delta, dk, dv, *strides, *numbers,

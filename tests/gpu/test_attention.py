@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusekit.kernels import philox
+from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.attention import OP
-from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
+from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
 
 
 def heads(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,3 +35,71 @@ def _seeded():
 def test_causal_grouped_lengths_beyond_a_block(dtype):
     q, k, v = heads(1, 70, 2, 40, dtype), heads(1, 90, 1, 40, dtype), heads(1, 90, 1, 40, dtype)
     assert_parity((q, k, v, None, True), dtype)
+
+
+def test_boolean_mask_over_batch_and_a_row_without_keys():
+    q, k, v = heads(2, 50, 2, 32), heads(2, 40, 2, 32), heads(2, 40, 2, 32)
+    mask = (torch.rand(2, 1, 50, 40) < 0.5).to("cuda")
+    mask[:, :, 7] = False
+    fused = assert_parity((q, k, v, mask))
+    assert torch.equal(fused["output"][:, :, 7], torch.zeros(2, 2, 32).to("cuda"))
+    assert torch.equal(fused["grad_0"][:, :, 7], torch.zeros(2, 2, 32).to("cuda"))
+
+
+def test_additive_mask_and_rows_of_finfo_min_are_shared_out_evenly():
+    q, k, v = heads(1, 40, 1, 16), heads(1, 40, 1, 16), heads(1, 40, 1, 16)
+    mask = torch.randn(1, 1, 40, 40).to("cuda")
+    mask[..., 30:] = torch.finfo(torch.float32).min
+    mask[:, :, :3] = torch.finfo(torch.float32).min
+    mask[:, :, 5] = float("-inf")
+    fused = assert_parity((q, k, v, mask))
+    torch.testing.assert_close(fused["output"][0, 0, 1], v.detach()[0, 0].mean(0))
+    assert torch.equal(fused["output"][0, 0, 5], torch.zeros(16).to("cuda"))
+
+
+def test_dropout_draws_the_same_numbers_forward_and_backward():
+    q, k, v = heads(2, 36, 2, 16), heads(2, 45, 2, 16), heads(2, 45, 2, 16)
+    seed = torch.tensor([2**40 + 5]).to("cuda")
+    assert_parity((q, k, v, None, False, None, 0.3, seed, 11))
+
+
+def test_heads_of_other_strides_and_a_wider_value():
+    packed = torch.randn(1, 34, 3, 2, 16).to("cuda", torch.bfloat16)
+    q, k, _ = (x.transpose(1, 2) for x in packed.unbind(2))
+    v = torch.randn(1, 2, 24, 34).to("cuda", torch.bfloat16).transpose(-1, -2)
+    assert not (q.is_contiguous() or v.is_contiguous())
+    args = tuple(x.requires_grad_() for x in (q.detach(), k.detach(), v))
+    fused = assert_parity((*args, None, True), torch.bfloat16)
+    assert fused["output"].transpose(1, 2).is_contiguous()
+    assert all(fused[f"grad_{i}"].transpose(1, 2).is_contiguous() for i in range(3))
+
+
+def test_one_key_gives_its_value_and_empty_lengths_nothing():
+    for Tq, Tk in ((1, 1), (0, 3), (3, 0)):
+        q, k, v = heads(1, Tq, 1, 16), heads(1, Tk, 1, 16), heads(1, Tk, 1, 16)
+        fused = results_and_grads(OP.fused, (q, k, v, None, True))
+        assert fused["output"].shape == (1, 1, Tq, 16) and fused["grad_1"].shape == k.shape
+        if Tk == 1:  # the only softmax weight is one, and does not depend on q or k
+            assert torch.equal(fused["output"], v.detach())
+            assert max(fused["grad_0"].abs().max(), fused["grad_1"].abs().max()) < 1e-6
+        else:
+            assert all(result.abs().sum() == 0 for result in fused.values())
+
+
+
+def test_runs_are_bitwise_equal():
+    q, k, v = heads(1, 70, 2, 40, torch.bfloat16), *(heads(1, 90, 1, 40, torch.bfloat16) for _ in range(2))
+    assert deterministic(OP.fused, (q, k, v, None, True), runs=2)
+
+
+@triton.jit
+def _draw(out_ptr, seed_ptr, start, COUNT: tl.constexpr):
+    i = start.to(tl.int64) + tl.arange(0, COUNT)
+    tl.store(out_ptr + tl.arange(0, COUNT), tl.rand(tl.load(seed_ptr), i))
+
+
+@pytest.mark.parametrize("seed, start", [(0, 0), (-3, 1), (2**40 + 17, 2**33 - 5)])
+def test_philox_is_bit_equal_to_triton(seed, start):
+    out, seed_tensor = torch.empty(64, device="cuda"), torch.tensor([seed]).to("cuda")
+    _draw[(1,)](out, seed_tensor, start, 64)
+    assert torch.equal(out, philox.uniform(seed_tensor, 64, out.device, start=start))
