@@ -39,7 +39,7 @@ def forward(
         return result if result.dtype == out.dtype else out.copy_(result), stats
     for b in range(B):  # one batch element's scores at a time
         p = _probabilities(q, k, mask, causal, scale, b)
-        p = _drop(p, dropout, seed, seed_offset, b)
+        p = _drop(p, _kept(p, dropout, seed, seed_offset, b), dropout)
         out[b].copy_(_shared(p @ _precise(v[b]), H))
     return out, stats
 
@@ -61,10 +61,10 @@ def backward(
         return dq.copy_(grads[0]), dk.copy_(grads[1]), dv.copy_(grads[2])
     for b in range(q.shape[0]):
         p = _probabilities(q, k, mask, causal, scale, b)
-        dropped = _drop(p, dropout, seed, seed_offset, b)
+        kept = _kept(p, dropout, seed, seed_offset, b)
         dy = _grouped(grad_output[b], k.shape[1])
-        dv[b].copy_(dropped.transpose(-1, -2) @ dy)
-        dp = _drop(dy @ _precise(v[b]).transpose(-1, -2), dropout, seed, seed_offset, b)
+        dv[b].copy_(_drop(p, kept, dropout).transpose(-1, -2) @ dy)
+        dp = _drop(dy @ _precise(v[b]).transpose(-1, -2), kept, dropout)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         dq[b].copy_(_shared(ds @ _precise(k[b]), q.shape[1]))
         dk[b].copy_(ds.transpose(-1, -2) @ _grouped(q[b], k.shape[1]))
@@ -129,9 +129,13 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
     return p.view(kv_heads, H // kv_heads * Tq, Tk)
 
 
-def _drop(x: Tensor, dropout: float, seed: Tensor | None, seed_offset: int, b: int) -> Tensor:
+def _kept(p: Tensor, dropout: float, seed: Tensor | None, seed_offset: int, b: int) -> Tensor | None:
     if dropout == 0.0:
-        return x
+        return None
     assert seed is not None, "supports() refuses dropout without a seed"
-    draws = philox.uniform(seed, x.numel(), x.device, start=b * x.numel(), seed_offset=seed_offset)
-    return torch.where(draws.view(x.shape) < dropout, 0.0, x * (1.0 / (1.0 - dropout)))
+    draws = philox.uniform(seed, p.numel(), p.device, start=b * p.numel(), seed_offset=seed_offset)
+    return draws.view(p.shape) >= dropout
+
+
+def _drop(x: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
+    return x if kept is None else torch.where(kept, x * (1.0 / (1.0 - dropout)), 0.0)
