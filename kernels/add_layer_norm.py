@@ -28,12 +28,12 @@ from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.row_reduction import (
     Draw,
     as_rows,
-    program_count,
     reduce_partials,
     row_chunks,
-    row_tile,
+    row_plan,
     unsupported_parameter,
     unsupported_rows,
+    widened,
 )
 
 
@@ -51,42 +51,49 @@ def reference(
 @triton.jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    x_stride, residual_stride, M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_stride, residual_stride, M, N, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)[None, :]
-    inside = (row < M)[:, None] & (column < N)
-    wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
-    h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
-    if residual_ptr is not None:
-        r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
-        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
-        tl.store(h_ptr + wide_row * N + column, h, mask=inside)
-    h = h.to(tl.float32)
-    mean = tl.sum(h, 1) / N
-    centred = tl.where(column < N, h - mean[:, None], 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1) / N + eps))
-    tl.store(mean_ptr + row, mean, mask=row < M)
-    tl.store(rstd_ptr + row, rstd, mask=row < M)
-    y = centred * rstd[:, None]
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + wide_row * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+        bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (row < M)[:, None] & (column < N)
+        wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
+        h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
+        if residual_ptr is not None:
+            r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
+            h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+            tl.store(h_ptr + wide_row * N + column, h, mask=inside)
+        h = h.to(tl.float32)
+        mean = tl.sum(h, 1) / N
+        centred = tl.where(column < N, h - mean[:, None], 0.0)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1) / N + eps))
+        tl.store(mean_ptr + row, mean, mask=row < M)
+        tl.store(rstd_ptr + row, rstd, mask=row < M)
+        y = centred * rstd[:, None]
+        if weight_ptr is not None:
+            y *= weight
+        if bias_ptr is not None:
+            y += bias
+        tl.store(y_ptr + wide_row * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward_kernel(
     dy_ptr, dh_ptr, h_ptr, mean_ptr, rstd_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    dy_stride, dh_stride, h_stride, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_stride, dh_stride, h_stride, M, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_N)[None, :]
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (row < M)[:, None] & (column < N)
         wide_row = row.to(tl.int64)[:, None]
@@ -121,12 +128,12 @@ def _forward_gpu(
     x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     M, N = x_rows.shape
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N)
+    plan = row_plan(x_rows, 1 if residual is None else 2, per_multiprocessor=2)
     y, h, mean, rstd = outputs
     launch(
-        _forward_kernel, (-(-M // BLOCK_M),), x_rows, residual_rows, weight, bias, y, h, mean, rstd,
+        _forward_kernel, (plan.programs,), x_rows, residual_rows, weight, bias, y, h, mean, rstd,
         x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), M, N, eps,
-        num_warps=num_warps, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
     )  # fmt: skip
     return outputs
 
@@ -139,14 +146,13 @@ def _backward_gpu(
     dy_rows, h_rows, dh_rows = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
     weight = None if weight is None else weight.contiguous()
     M, N = h_rows.shape
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N)
-    P = program_count(-(-M // BLOCK_M), h)
+    plan = row_plan(h_rows, 2 if dh is None else 3, per_multiprocessor=1)
     dx, *outs = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    partials = [None if out is None else h.new_empty((P, N), dtype=torch.float32) for out in outs]
+    partials = [None if out is None else h.new_empty((plan.programs, N), dtype=torch.float32) for out in outs]
     launch(
-        _backward_kernel, (P,), dy_rows, dh_rows, h_rows, mean, rstd, weight, dx, *partials,
+        _backward_kernel, (plan.programs,), dy_rows, dh_rows, h_rows, mean, rstd, weight, dx, *partials,
         dy_rows.stride(0), 0 if dh_rows is None else dh_rows.stride(0), h_rows.stride(0), M, N,
-        num_warps=num_warps, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
     )  # fmt: skip
     reduce_partials(partials, outs)
     return grads
@@ -158,37 +164,34 @@ def _forward_native(
     h = (x if residual is None else x + residual).contiguous()
     # A float32 weight makes ATen keep the row statistics in float32; else they are rounded, and dx with them.
     scale = h.new_ones(h.shape[-1:], dtype=torch.float32) if weight is None else weight.float()
-    y, mean, rstd = torch.ops.aten.native_layer_norm(
-        h, h.shape[-1:], scale, None if bias is None else bias.float(), eps
-    )
-    return y, x.new_empty(0) if residual is None else h, mean.reshape(-1), rstd.reshape(-1)
+    shift = None if bias is None else bias.float()
+    y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], scale, shift, eps)
+    return y, x.new_empty(0) if residual is None else h, mean.view(-1), rstd.view(-1)
 
 
 def _backward_native(
     dy: Tensor, dh: Tensor | None, h: Tensor, mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    M, N = mean.numel(), h.shape[-1]
+    backward = torch.ops.aten.native_layer_norm_backward.default
+    N = h.shape[-1]
     scale = h.new_ones(N, dtype=torch.float32) if weight is None else weight.float()
-    all_dy, all_h, all_dh = dy.reshape(M, N), h.reshape(M, N), None if dh is None else dh.reshape(M, N)
-
-    def backward(rows: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dx, *sums = torch.ops.aten.native_layer_norm_backward(
-            all_dy[rows].float(), all_h[rows].float(), (N,), mean[rows, None], rstd[rows, None],
-            scale, scale, needed,
-        )  # fmt: skip
-        return dx if dx is None or all_dh is None else dx.add_(all_dh[rows]), *sums
-
     if h.dtype == torch.float32:
-        dx, dweight, dbias = (h.new_empty(0) if grad is None else grad for grad in backward(slice(None)))
-        return dx.view(h.shape) if needed[0] else dx, dweight, dbias
+        statistics = (t.view(*h.shape[:-1], 1) for t in (mean, rstd))
+        found = backward(dy, h, (N,), *statistics, scale, scale, needed)
+        dx, dweight, dbias = (h.new_empty(0) if grad is None else grad for grad in found)
+        return dx if dh is None or not needed[0] else dx.add_(dh), dweight, dbias
     # ATen sums dweight and dbias in h's dtype, 30 rounding errors off in bfloat16, so rows are widened first.
     grads = _grads(h, weight, bias, needed)
     totals = h.new_zeros((2, N), dtype=torch.float32)
-    for rows in row_chunks(M, N):
-        dx_rows, *sums = backward(rows)
+    rows = (None if t is None else t.reshape(-1, N) for t in (h, dy, dh, grads[0] if needed[0] else None))
+    buffers: tuple[Tensor, ...] = ()
+    for h_rows, dy_rows, dh_rows, dx_rows, *statistics in row_chunks(*rows, mean[:, None], rstd[:, None]):
+        buffers = buffers or tuple(torch.empty_like(h_rows, dtype=torch.float32) for _ in range(2))
+        wide = widened(dy_rows, buffers[1]), widened(h_rows, buffers[0])
+        dx, *sums = backward(*wide, (N,), *statistics, scale, scale, needed)
         if dx_rows is not None:
-            grads[0].view(M, N)[rows] = dx_rows
+            dx_rows.copy_(dx if dh_rows is None else dx.add_(widened(dh_rows, buffers[0])))
         for total, part in zip(totals, sums, strict=True):
             if part is not None:
                 total += part

@@ -27,11 +27,11 @@ from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.row_reduction import (
     Draw,
     as_rows,
-    program_count,
     reduce_partials,
     row_chunks,
-    row_tile,
+    row_plan,
     unsupported_rows,
+    widened,
 )
 
 
@@ -50,36 +50,41 @@ def reference(
 @triton.jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
-    x_stride, residual_stride, M, N, eps, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_stride, residual_stride, M, N, eps, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)[None, :]
-    inside = (row < M)[:, None] & (column < N)
-    wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
-    h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
-    if residual_ptr is not None:
-        r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
-        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
-        tl.store(h_ptr + wide_row * N + column, h, mask=inside)
-    h = h.to(tl.float32)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, 1) / N + eps))
-    tl.store(rstd_ptr + row, rstd, mask=row < M)
-    y = h * rstd[:, None]
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32) + offset
-    tl.store(y_ptr + wide_row * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+        weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32) + offset
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (row < M)[:, None] & (column < N)
+        wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
+        h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
+        if residual_ptr is not None:
+            r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
+            h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+            tl.store(h_ptr + wide_row * N + column, h, mask=inside)
+        h = h.to(tl.float32)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, 1) / N + eps))
+        tl.store(rstd_ptr + row, rstd, mask=row < M)
+        y = h * rstd[:, None]
+        if weight_ptr is not None:
+            y *= weight
+        tl.store(y_ptr + wide_row * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward_kernel(
     dy_ptr, dh_ptr, h_ptr, rstd_ptr, weight_ptr, dx_ptr, dweight_ptr,
-    dy_stride, dh_stride, h_stride, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_stride, dh_stride, h_stride, M, N, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_N)[None, :]
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32) + offset
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (row < M)[:, None] & (column < N)
         wide_row = row.to(tl.int64)[:, None]
@@ -108,12 +113,12 @@ def _forward_gpu(
     y, h, rstd = _outputs(x, residual)
     x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
     M, N = x_rows.shape
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N)
+    plan = row_plan(x_rows, 1 if residual is None else 2, per_multiprocessor=2)
     launch(
-        _forward_kernel, (-(-M // BLOCK_M),), x_rows, residual_rows,
+        _forward_kernel, (plan.programs,), x_rows, residual_rows,
         None if weight is None else weight.contiguous(), y, h, rstd,
         x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), M, N, eps, offset,
-        num_warps=num_warps, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
     )  # fmt: skip
     return y, h, rstd
 
@@ -125,15 +130,14 @@ def _backward_gpu(
     grads = _grads(h, weight, needed)
     dy_rows, h_rows, dh_rows = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
     M, N = h_rows.shape
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N)
-    P = program_count(-(-M // BLOCK_M), h)
+    plan = row_plan(h_rows, 2 if dh is None else 3, per_multiprocessor=1)
     dx, dweight = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    partials = None if dweight is None else h.new_empty((P, N), dtype=torch.float32)
+    partials = None if dweight is None else h.new_empty((plan.programs, N), dtype=torch.float32)
     launch(
-        _backward_kernel, (P,), dy_rows, dh_rows, h_rows, rstd,
+        _backward_kernel, (plan.programs,), dy_rows, dh_rows, h_rows, rstd,
         None if weight is None else weight.contiguous(), dx, partials,
         dy_rows.stride(0), 0 if dh_rows is None else dh_rows.stride(0), h_rows.stride(0), M, N, offset,
-        num_warps=num_warps, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
     )  # fmt: skip
     reduce_partials((partials, None), (dweight, None))
     return grads
@@ -143,16 +147,21 @@ def _forward_native(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, h, rstd = _outputs(x, residual)
-    M, N = rstd.numel(), x.shape[-1]
-    h_rows = (x if residual is None else torch.add(x, residual, out=h)).reshape(M, N)
-    y_rows = y.view(M, N)
+    N = x.shape[-1]
+    summed = (x if residual is None else torch.add(x, residual, out=h)).reshape(-1, N)
     scale = None if weight is None else weight.float() + offset
-    for rows in row_chunks(M, N):
-        wide = h_rows[rows].float()
-        squares = torch.square(wide)
-        torch.add(squares.mean(1), eps, out=rstd[rows]).rsqrt_()
-        normalised = torch.mul(wide, rstd[rows, None], out=squares)
-        y_rows[rows] = normalised if scale is None else normalised.mul_(scale)
+    buffers: tuple[Tensor, ...] = ()
+    for h_rows, y_rows, rstd_rows in row_chunks(summed, y.view(-1, N), rstd[:, None]):
+        buffers = buffers or tuple(torch.empty_like(h_rows, dtype=torch.float32) for _ in range(2))
+        wide = widened(h_rows, buffers[1])
+        out = y_rows if y.dtype == torch.float32 else buffers[0][: len(y_rows)]
+        squares = torch.mul(wide, wide, out=out)
+        torch.add(squares.mean(1, keepdim=True), eps, out=rstd_rows).rsqrt_()
+        torch.mul(wide, rstd_rows, out=out)
+        if scale is not None:
+            out *= scale
+        if out is not y_rows:
+            y_rows.copy_(out)
     return y, h, rstd
 
 
@@ -161,21 +170,24 @@ def _backward_native(
     weight: Tensor | None, offset: float, needed: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grads = _grads(h, weight, needed)
-    M, N = rstd.numel(), h.shape[-1]
-    all_dy, all_h, all_dh = dy.reshape(M, N), h.reshape(M, N), None if dh is None else dh.reshape(M, N)
+    N = h.shape[-1]
     scale = None if weight is None else weight.float() + offset
     total = h.new_zeros(N, dtype=torch.float32)
-    for rows in row_chunks(M, N):
-        rstd_rows, dy_rows = rstd[rows, None], all_dy[rows].float()
-        a = all_h[rows].float() * rstd_rows
-        dy_a = dy_rows * a
+    rows = (None if t is None else t.reshape(-1, N) for t in (h, dy, dh, grads[0] if needed[0] else None))
+    buffers: tuple[Tensor, ...] = ()
+    for h_rows, dy_rows, dh_rows, dx_rows, rstd_rows in row_chunks(*rows, rstd[:, None]):
+        buffers = buffers or tuple(torch.empty_like(h_rows, dtype=torch.float32) for _ in range(3))
+        a, wide_dy, dy_a = (buffer[: len(h_rows)] for buffer in buffers)
+        torch.mul(widened(h_rows, a), rstd_rows, out=a)
+        wide_dy = widened(dy_rows, wide_dy)
+        torch.mul(wide_dy, a, out=dy_a)
         if needed[1]:
             total += dy_a.sum(0)
-        if needed[0]:
+        if dx_rows is not None:
             mean = dy_a.mean(1) if scale is None else torch.mv(dy_a, scale / N)
-            g = dy_rows if scale is None else torch.mul(dy_rows, scale, out=dy_a)
+            g = wide_dy if scale is None else torch.mul(wide_dy, scale, out=dy_a)
             dx = torch.addcmul(g, a, mean[:, None], value=-1, out=a).mul_(rstd_rows)
-            grads[0].view(M, N)[rows] = dx if all_dh is None else dx.add_(all_dh[rows])
+            dx_rows.copy_(dx if dh_rows is None else dx.add_(widened(dh_rows, dy_a)))
     if needed[1]:
         grads[1].copy_(total)
     return grads

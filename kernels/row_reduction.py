@@ -9,6 +9,8 @@ Shape suffixes: M rows, N columns, P programs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -17,23 +19,40 @@ from torch import Tensor
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.launch import launch, on_gpu, recording
 
-MAX_COLUMNS = 32768  # a forward row of 32 elements a thread in the largest program, 32 warps
+MAX_COLUMNS = 8192  # 8 elements a thread in the largest program; with 16 the backward kernels spill registers
+PIPELINE_BYTES = 96 << 10  # shared memory a program may hold: fits every GPU since sm_80
 
 
-class RowTile(NamedTuple):
-    """Rows and columns of a program's tile and the warps that hold it."""
+class RowPlan(NamedTuple):
+    """How M rows are tiled and spread: tile sizes, loads in flight, warps of a program, programs."""
 
     BLOCK_M: int
     BLOCK_N: int
+    NUM_STAGES: int
     num_warps: int
+    programs: int
 
 
-@functools.cache
-def row_tile(N: int) -> RowTile:
-    """A tile of whole rows, 8 elements a thread (one 16-byte access of 16-bit data) up to 8192 columns."""
-    BLOCK_N = max(8, 1 << (N - 1).bit_length())
-    BLOCK_M = max(1, 1024 // BLOCK_N)
-    return RowTile(BLOCK_M, BLOCK_N, min(32, max(4, BLOCK_M * BLOCK_N // 256)))
+def row_plan(rows: Tensor, streams: int, per_multiprocessor: int) -> RowPlan:
+    """Tiles of whole rows, 8 elements a thread (16 bytes of 16-bit data), looped over by few programs.
+
+    Few, because every program reads the weights once, and in a backward pass writes a partial row that is
+    read back: at 8192 rows of 4096 columns in bfloat16 the 132 programs of an H100 add 4 % to the bytes of a
+    LayerNorm backward, twice as many would add 9 %. Loads issued ahead make up for the fewer warps.
+
+    Args:
+        rows: (M, N), the largest tensor read.
+        streams: how many tensors like it are read.
+        per_multiprocessor: programs that share a multiprocessor.
+    """
+    M, N = rows.shape
+    width = multiprocessors(rows)
+    BLOCK_N = max(16, 1 << (N - 1).bit_length())
+    most = max(1, M // width)  # smaller tiles where there are too few rows for every multiprocessor
+    BLOCK_M = min(max(1, 4096 // BLOCK_N), 1 << (most.bit_length() - 1))
+    NUM_STAGES = max(1, min(3, PIPELINE_BYTES // (BLOCK_M * BLOCK_N * rows.element_size() * streams)))
+    num_warps = min(32, max(4, BLOCK_M * BLOCK_N // 256))
+    return RowPlan(BLOCK_M, BLOCK_N, NUM_STAGES, num_warps, min(-(-M // BLOCK_M), width * per_multiprocessor))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -50,16 +69,6 @@ def _multiprocessors(index: int) -> int:
 def multiprocessors(x: Tensor) -> int:
     """Streaming multiprocessors of x's GPU; an H100's 132 where launches are only recorded."""
     return 132 if recording() else _multiprocessors(x.device.index or 0)
-
-
-def program_count(blocks: int, x: Tensor) -> int:
-    """Programs that share `blocks` row blocks: one per multiprocessor, more where each still gets 64 blocks.
-
-    Every program costs a partial row written and read back. At 8192 rows of 4096 columns in bfloat16 the 132
-    of an H100 add 4 % to the bytes of a LayerNorm backward, twice as many would add 9 %.
-    """
-    width = multiprocessors(x)
-    return min(blocks, width * max(1, min(4, blocks // (64 * width))))
 
 
 @triton.jit
@@ -94,14 +103,23 @@ def reduce_partials(partials: tuple[Tensor | None, Tensor | None], outs: tuple[A
     launch(_reduce_kernel, (-(-N // 32),), *partials, *outs, P, N, num_warps=4, BLOCK_P=32, BLOCK_N=32)
 
 
-def row_chunks(M: int, N: int, elements: int = 1 << 19) -> list[slice]:
-    """Slices over M rows that the CPU widens to float32 a few at a time: nearly equal, `elements` or fewer.
+CHUNK = 1 << 17  # elements; 512 KiB of float32, a core's second-level cache
 
-    2 MiB of float32 stay in the last-level cache; with chunks of a tenth of that, the calls cost more than
-    the memory they save (LayerNorm backward, 2048 x 768 bfloat16, one thread: 3.5 ms against 1.8).
+
+def row_chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Rows (M, N) or (M,) of all tensors, a few at a time, the first not None; for widening them on the CPU.
+
+    One pass per chunk costs 2.9 ms where a chunk fits the cache and 3.7 where it is everything (LayerNorm
+    backward, 2048 x 768 bfloat16, one thread).
     """
-    rows = -(-M // max(1, -(-M * N // elements)))
-    return [slice(start, start + rows) for start in range(0, M, max(1, rows))]
+    first = next(t for t in tensors if t is not None)
+    size = max(1, -(-len(first) // max(1, -(-first.numel() // CHUNK))))
+    return zip(*(repeat(None) if t is None else t.split(size) for t in tensors), strict=False)
+
+
+def widened(rows: Tensor, buffer: Tensor) -> Tensor:
+    """rows in float32: themselves, or a copy in the buffer. The caller must not write to it."""
+    return rows if rows.dtype == torch.float32 else buffer[: len(rows)].copy_(rows)
 
 
 def unsupported_rows(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> str | None:
@@ -109,7 +127,7 @@ def unsupported_rows(x: Tensor, residual: Tensor | None, weight: Tensor | None) 
     if x.dim() == 0 or x.shape[-1] == 0:
         return f"x of shape {tuple(x.shape)} has no last dimension to normalise"
     if on_gpu(x) and x.shape[-1] > MAX_COLUMNS:
-        return f"{x.shape[-1]} columns exceed the {MAX_COLUMNS} of a row held by one program"
+        return f"{x.shape[-1]} columns exceed the {MAX_COLUMNS} of a row that one program can hold"
     if residual is not None and residual.shape != x.shape:
         return f"residual {tuple(residual.shape)} and x {tuple(x.shape)} differ in shape; expand the smaller"
     if residual is not None and residual.dtype != x.dtype:

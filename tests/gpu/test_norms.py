@@ -18,9 +18,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 
 @pytest.fixture
-def three_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program of a backward pass then loops over several row blocks, as on a large input."""
-    monkeypatch.setattr(row_reduction, "multiprocessors", lambda x: 3)
+    monkeypatch.setattr(row_reduction, "multiprocessors", lambda x: 2)
 
 
 def draw(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
@@ -47,8 +47,10 @@ def assert_parity(op: Op, args: tuple[Any, ...]) -> None:
 
 @norms
 @dtypes
-@pytest.mark.parametrize("M, N", [(29, 257), (50, 64), (7, 1030)])
-def test_programs_loop_over_row_blocks(op: Op, dtype: torch.dtype, M: int, N: int, three_programs: None) -> None:
+@pytest.mark.parametrize("M, N", [(61, 257), (50, 64), (13, 1030)])
+def test_programs_loop_over_row_blocks(
+    op: Op, dtype: torch.dtype, M: int, N: int, two_programs: None
+) -> None:
     weight = draw(torch.float32 if M == 50 else dtype, N)
     assert_parity(op, arguments(op, draw(dtype, M, N), draw(dtype, M, N, seed=1), weight))
 
@@ -66,7 +68,7 @@ def test_widths(op: Op, N: int) -> None:
 
 @norms
 @dtypes
-def test_absent_residual_and_weight(op: Op, dtype: torch.dtype, three_programs: None) -> None:
+def test_absent_residual_and_weight(op: Op, dtype: torch.dtype, two_programs: None) -> None:
     assert_parity(op, arguments(op, draw(dtype, 13, 200), None, None))
     assert_parity(op, arguments(op, draw(dtype, 13, 200), None, draw(dtype, 200)))
     assert_parity(op, arguments(op, draw(dtype, 13, 200), draw(dtype, 13, 200, seed=1), None))
@@ -110,8 +112,9 @@ def test_strided_gradients(op: Op) -> None:
 
 
 @norms
-def test_bitwise_equal_runs(op: Op, three_programs: None) -> None:
-    args = arguments(op, draw(torch.bfloat16, 21, 96), draw(torch.bfloat16, 21, 96, seed=1), draw(torch.float32, 96))
+def test_bitwise_equal_runs(op: Op, two_programs: None) -> None:
+    x, residual = draw(torch.bfloat16, 21, 96), draw(torch.bfloat16, 21, 96, seed=1)
+    args = arguments(op, x, residual, draw(torch.float32, 96))
     assert deterministic(op.fused, args)
 
 
