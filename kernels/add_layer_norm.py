@@ -176,29 +176,39 @@ def _backward_native(
     backward = torch.ops.aten.native_layer_norm_backward.default
     N = h.shape[-1]
     scale = h.new_ones(N, dtype=torch.float32) if weight is None else weight.float()
-    if h.dtype == torch.float32:
-        statistics = (t.view(*h.shape[:-1], 1) for t in (mean, rstd))
-        found = backward(dy, h, (N,), *statistics, scale, scale, needed)
-        dx, dweight, dbias = (h.new_empty(0) if grad is None else grad for grad in found)
-        return dx if dh is None or not needed[0] else dx.add_(dh), dweight, dbias
-    # ATen sums dweight and dbias in h's dtype, 30 rounding errors off in bfloat16, so rows are widened first.
-    grads = _grads(h, weight, bias, needed)
-    totals = h.new_zeros((2, N), dtype=torch.float32)
-    rows = (None if t is None else t.reshape(-1, N) for t in (h, dy, dh, grads[0] if needed[0] else None))
+    statistics = [t.view(*h.shape[:-1], 1) for t in (mean, rstd)]
+    exact = h.dtype == torch.float32
+    mask = needed if exact else [needed[0], False, False]
+    dx, *sums = backward(dy, h, (N,), *statistics, scale, scale, mask)
+    if dx is not None and dh is not None:
+        dx += dh
+    if not exact and any(needed[1:]):
+        sums = _native_sums(dy, h, mean, rstd, scale, needed[1:])
+    for i, parameter in enumerate((weight, bias)):
+        if sums[i] is not None and parameter is not None:
+            sums[i] = sums[i].to(parameter.dtype)
+    dx, dweight, dbias = (h.new_empty(0) if t is None else t for t in (dx, *sums))
+    return dx, dweight, dbias
+
+
+def _native_sums(
+    dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, needed: list[bool]
+) -> list[Tensor | None]:
+    """dweight and dbias in float32, rows widened first: ATen sums in h's dtype, in bfloat16 30 floors off."""
+    N = h.shape[-1]
+    totals = [h.new_zeros(N, dtype=torch.float32) if need else None for need in needed]
     buffers: tuple[Tensor, ...] = ()
-    for h_rows, dy_rows, dh_rows, dx_rows, *statistics in row_chunks(*rows, mean[:, None], rstd[:, None]):
+    rows = dy.reshape(-1, N), h.reshape(-1, N), mean[:, None], rstd[:, None]
+    for dy_rows, h_rows, *statistics in row_chunks(*rows):
         buffers = buffers or tuple(torch.empty_like(h_rows, dtype=torch.float32) for _ in range(2))
-        wide = widened(dy_rows, buffers[1]), widened(h_rows, buffers[0])
-        dx, *sums = backward(*wide, (N,), *statistics, scale, scale, needed)
-        if dx_rows is not None:
-            dx_rows.copy_(dx if dh_rows is None else dx.add_(widened(dh_rows, buffers[0])))
+        wide = widened(dy_rows, buffers[0]), widened(h_rows, buffers[1])
+        _, *sums = torch.ops.aten.native_layer_norm_backward.default(
+            *wide, (N,), *statistics, scale, scale, [False, *needed]
+        )
         for total, part in zip(totals, sums, strict=True):
-            if part is not None:
+            if total is not None:
                 total += part
-    for grad, total, need in zip(grads[1:], totals, needed[1:], strict=True):
-        if need:
-            grad.copy_(total)
-    return grads
+    return totals
 
 
 def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
