@@ -266,7 +266,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("add_layer_norm", grad_outputs)
+        refuse_double_backward("add_layer_norm")
         dy, dh = grad_outputs
         x_needed, residual_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
         if dy is None:  # only the sum was used
