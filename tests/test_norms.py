@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusekit.kernels import OPS
+from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.op import DTYPES, Op, Sample
 from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
 
@@ -164,6 +166,41 @@ def test_bad_input_is_refused_with_the_reason(op: Op, case: tuple[Any, ...]) -> 
     with pytest.raises(ValueError, match=sentence):
         op.fused(*args)
     assert op.supports(*args)
+
+
+def bytes_moved(launches: list[Launch]) -> int:
+    """Bytes that the kernels read and write: rows once, a parameter once in every program that keeps it."""
+    total = 0
+    for start in launches:
+        copies = 1 if "BLOCK_P" in start.meta else start.grid[0]  # the sum of partials reads each once
+        for t in (a for a in start.args if isinstance(a, Tensor)):
+            parameter = t.dim() == 1 and t.shape[0] == COLUMNS
+            total += t.nbytes * (copies if parameter else 1)
+    return total
+
+
+ROWS, COLUMNS = 8192, 4096
+
+
+@norms
+@pytest.mark.parametrize("residual", [False, True])
+def test_bytes_moved_are_near_the_minimum(op: Op, residual: bool) -> None:
+    """On an H100; the minimum reads every input and writes every result once."""
+    with FakeTensorMode():
+        x, r = (torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        weight = torch.empty(COLUMNS, dtype=torch.bfloat16, requires_grad=True)
+        args = arguments(op, x, r if residual else None, weight)
+        parameters = [a.requires_grad_() for a in args[2:] if isinstance(a, Tensor)]
+        with record() as forward:
+            outputs = [t for t in op.fused(*args) if t.requires_grad]
+        with record() as backward:
+            torch.autograd.grad(outputs, [x, *parameters], [torch.empty_like(t) for t in outputs])
+    rows, columns = x.nbytes, weight.nbytes
+    least_forward = (4 if residual else 2) * rows + len(parameters) * columns
+    least_backward = (4 if residual else 3) * rows + (1 + len(parameters)) * columns
+    assert len(forward) == 1 and len(backward) == 2
+    assert bytes_moved(forward) <= 1.05 * least_forward
+    assert bytes_moved(backward) <= 1.05 * least_backward
 
 
 def test_offset_is_added_to_the_weight() -> None:
