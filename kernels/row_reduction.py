@@ -20,6 +20,7 @@ from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.launch import launch, on_gpu, recording
 
 MAX_COLUMNS = 8192  # 8 elements a thread in the largest program; with 16 the backward kernels spill registers
+MAX_ODD_COLUMNS = 4096  # wider unaligned rows take more registers for addresses and spill them
 PIPELINE_BYTES = 96 << 10  # shared memory a program may hold: fits every GPU since sm_80
 
 
@@ -128,6 +129,8 @@ def unsupported_rows(x: Tensor, residual: Tensor | None, weight: Tensor | None) 
         return f"x of shape {tuple(x.shape)} has no last dimension to normalise"
     if on_gpu(x) and x.shape[-1] > MAX_COLUMNS:
         return f"{x.shape[-1]} columns exceed the {MAX_COLUMNS} of a row that one program can hold"
+    if on_gpu(x) and x.shape[-1] > MAX_ODD_COLUMNS and x.shape[-1] % 16:
+        return f"{x.shape[-1]} columns, of which there may be {MAX_ODD_COLUMNS} where 16 does not divide them"
     if residual is not None and residual.shape != x.shape:
         return f"residual {tuple(residual.shape)} and x {tuple(x.shape)} differ in shape; expand the smaller"
     if residual is not None and residual.dtype != x.dtype:
