@@ -1,0 +1,129 @@
+"""The README's tables, written from the registry and from benchmarks/results; a test keeps them fresh.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.results_file import CHECKOUT, RESULTS
+from fusekit.kernels import OPS
+from fusekit.passes.rules import RULES
+
+README = CHECKOUT / "README.md"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def updated(text: str) -> str:
+    """`text` with every marked block written anew."""
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]]() + block[3], text)
+
+
+def ops() -> str:
+    sources: dict[str, list[str]] = defaultdict(list)
+    for rule in RULES:
+        if rule.source not in sources[rule.op]:
+            sources[rule.op].append(rule.source)
+    rows = [(f"`{name}`", f"`{_arguments(op)}`", len(sources[name])) for name, op in OPS.items()]
+    return _table(("op", "arguments", "rules"), rows)
+
+
+def _arguments(op: Any) -> str:
+    return ", ".join(a.name for a in op.fused._schema.arguments)
+
+
+def cpu_gpt_step() -> str:
+    found = _load("cpu_gpt_step.json")
+    if found is None:
+        return "The CPU training step has not been measured yet.\n"
+    shape, machine, results = found["shape"], found["environment"], found["results"]
+    base = next(iter(results.values()))["step_cpu_seconds"]
+    rows = [
+        (
+            name,
+            f"{1e3 * r['step_cpu_seconds']:.0f}",
+            f"{base / r['step_cpu_seconds']:.2f}×",
+            f"{r['peak_bytes'] / 2**20:.0f}",
+            f"{r['start_wall_seconds']:.0f}",
+            f"{r['last_loss']:.4f}",
+        )
+        for name, r in results.items()
+    ]
+    title = (
+        f"GPT training step, {shape['parameters'] / 1e6:.1f} M parameters, batch {shape['batch']} × "
+        f"{shape['context']}, {machine.get('cpu', 'CPU')}, one thread, process time, medians of "
+        f"{found['rounds']} rounds in turn (torch {machine.get('torch')}):\n\n"
+    )
+    return title + _table(("", "ms/step", "speed", "peak MB", "start s", "last loss"), rows)
+
+
+def static() -> str:
+    found = _load("static.json")
+    if found is None:
+        return "The static lane's record has not been written yet.\n"
+    groups: dict[tuple[str, str], list[dict[str, int]]] = defaultdict(list)
+    for key, builds in found.items():
+        for target, figures in builds.items():
+            groups[key.split("(")[0], target.rsplit(" ", 1)[1]].append(figures)
+    rows = [
+        (f"`{kernel}`", target, len(group), _span(group, "registers"), _span(group, "shared"))
+        for (kernel, target), group in sorted(groups.items())
+    ]
+    title = (
+        "Ahead-of-time builds of every kernel configuration (zero spills, no serialised wgmma in any):\n\n"
+    )
+    return title + _table(("kernel", "target", "builds", "registers", "shared memory, bytes"), rows)
+
+
+def _span(group: list[dict[str, int]], name: str) -> str:
+    values = [figures[name] for figures in group]
+    return f"{min(values)}–{max(values)}" if min(values) != max(values) else str(values[0])
+
+
+def traffic() -> str:
+    found = _load("traffic.json")
+    if found is None:
+        return "The norm kernels' traffic has not been counted yet.\n"
+    rows = [
+        (name, f"{r['rows']}×{r['columns']}", f"{r['counted']:,}", f"{r['minimum']:,}", f"{r['ratio']:.3f}")
+        for name, r in found.items()
+    ]
+    title = (
+        "Bytes the norm kernels move in bfloat16, counted, against the least that any kernel could move:\n\n"
+    )
+    return title + _table(("kernel", "shape", "counted", "minimum", "ratio"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ops": ops,
+    "cpu_gpt_step": cpu_gpt_step,
+    "static": static,
+    "traffic": traffic,
+}
+
+
+def _load(name: str) -> Any:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _table(headers: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [headers, ("---",) * len(headers), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def main() -> int:
+    text = README.read_text()
+    README.write_text(updated(text))
+    print("README.md is fresh" if updated(text) == text else "README.md updated")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
