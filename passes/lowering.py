@@ -31,6 +31,7 @@ class Lowering:
     original: dtypes as captured. What was not float32 then is never cast.
     parameters: placeholders whose low copy is an input of its own, so that it can be made once per update.
     parameter_casts: those copies, by the placeholder they are copies of.
+    emulated: such a matmul was met, see `widened`.
     widened: on a CPU without 16-bit matrix instructions ATen's low matmuls run in scalar code, an order of
         magnitude slower than float32 ones. Linears then become linear_act, which widens blocks of rows, and
         other matmuls run in float32 between casts. Off for graphs that stand for eager.
@@ -49,6 +50,7 @@ class Lowering:
         self.parameters = set(parameters)
         self.parameter_casts: dict[fx.Node, fx.Node] = {}
         self.settled: set[fx.Node] = set()
+        self.emulated = False
         self._changed: set[fx.Node] = set()
         self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
@@ -126,6 +128,7 @@ class Lowering:
         return node.meta["val"].device.type == "cpu" and not multiplies(self.low)
 
     def _widen(self, node: fx.Node) -> None:
+        self.emulated = True
         if node.target is aten.linear.default and not node.kwargs:
             self._bring_down(node, node.all_input_nodes)
             if OPS["linear_act"].supports(*fx.map_arg(node.args, lambda n: n.meta["val"])) is None:
@@ -266,6 +269,7 @@ class Lowering:
                 if arg in self.settled:
                     child.settled.add(placeholder)
         child.run()
+        self.emulated |= child.emulated
         for placeholder in child.parameter_casts:
             node.args = (*node.args, self._parameter_cast(inputs[placeholder]))
         results = body.graph.output_node().args[0]

@@ -46,6 +46,12 @@ def _lower_region(region: Region, low: torch.dtype) -> None:
             lowering.settled.add(node)  # a user's float32 input is an activation
     lowering.run()
     lowering.restore_outputs()
+    if lowering.emulated:
+        name = str(low).removeprefix("torch.")
+        region.notes.append(
+            f"this CPU has no {name} matrix instructions: products of {name} values run in float32, "
+            "which saves memory and no time"
+        )
     placeholders = list(region.module.graph.find_nodes(op="placeholder"))
     region.input_casts += [
         InputCast(source=placeholders.index(source), target=placeholders.index(target), dtype=low)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fusekit.passes import lowering
@@ -324,12 +325,33 @@ def test_without_matrix_instructions_products_are_widened(monkeypatch: pytest.Mo
     assert compiled.dtypes(torch.ops.fusekit.linear_act) == [BF16] * 9
     assert compiled.dtypes(aten.scaled_dot_product_attention) == [F32, F32]
     assert compiled.dtypes(aten.gelu) == [BF16, BF16]
+    assert compiled.regions[0].notes[0].startswith("this CPU has no bfloat16 matrix instructions")
 
 
 def test_tf32_on_a_cpu_is_a_note() -> None:
     compiled, result = lowered(nn.Linear(8, 8), torch.randn(4, 8), precision="tf32")
     assert compiled.regions[0].notes == ["TF32 exists on GPUs only: float32 kept"]
     assert compiled.casts() == Counter() and result.dtype == F32
+
+
+def test_tf32_on_a_gpu_switches_linears() -> None:
+    """Read off the graph, with fake tensors on "cuda"."""
+    graph, mode = fx.Graph(), FakeTensorMode()
+    with mode:
+        x, weight = torch.empty(4, 8, device="cuda"), torch.empty(16, 8, device="cuda")
+    nodes = [graph.placeholder("x"), graph.placeholder("weight")]
+    nodes.append(graph.call_function(aten.linear.default, tuple(nodes)))
+    plain = (*nodes[:2], None, None, "gelu", False)
+    nodes.append(graph.call_function(torch.ops.fusekit.linear_act.default, plain))
+    graph.output(tuple(nodes[2:]))
+    with mode:
+        y = torch.empty(4, 16, device="cuda")
+    for node, value in zip(nodes, (x, weight, y, y), strict=True):
+        node.meta["val"] = value
+    region = Region(module=fx.GraphModule({}, graph), settings=Settings(precision="tf32"), config=Config())
+    place_casts(region)
+    calls = region.module.graph.find_nodes(op="call_function", target=torch.ops.fusekit.linear_act.default)
+    assert [c.kwargs.get("tf32", c.args[-1]) for c in calls] == [True, True] and region.notes == []
 
 
 def test_values_have_the_dtypes_that_come_out() -> None:
