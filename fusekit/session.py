@@ -122,6 +122,12 @@ class OptimisedCall:
         _compat.ensure_callbacks(_on_compile_start, _on_compile_end)
         try:
             output = self._compiled(*args, **kwargs)
+        except (
+            _compat.InternalTorchDynamoError
+        ) as error:  # Dynamo's own bug must not stop the user's training
+            self._session.capture.fail("", _compat.headline(str(error)))
+            self._compiled = self._session.model._call_impl
+            output = self._compiled(*args, **kwargs)
         finally:
             current.pop()
         if self._session.unsettled:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.callback import callback_handler
-from torch._dynamo.exc import SkipFrame
+from torch._dynamo.exc import InternalTorchDynamoError, SkipFrame
 from torch._dynamo.external_utils import wrap_inline
 from torch._guards import TracingContext
 from torch._higher_order_ops.utils import reenter_make_fx
@@ -38,6 +38,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "InternalTorchDynamoError",
     "SkipFrame",
     "TorchDispatchMode",
     "autocast_key",
@@ -195,7 +196,7 @@ def take_graph_breaks() -> tuple[list[str], list[Skipped]]:
             reason=headline(m.fail_reason),
         )
         for m in _unseen(torch._dynamo.utils.get_compilation_metrics())
-        if m.fail_type not in (None, "SkipFrame", "BackendCompilerFailed")  # those two are told by the backend
+        if m.fail_type not in (None, "SkipFrame", "BackendCompilerFailed")  # the backend tells of those
     ]
     return breaks, skipped
 

@@ -218,6 +218,18 @@ def test_failing_pass_leaves_the_frame_eager_and_names_the_line(monkeypatch: pyt
     assert all(p.grad is not None for p in model.parameters()) and session(model).regions == []
 
 
+def test_bug_of_dynamos_own_does_not_stop_the_model() -> None:
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        raise torch._dynamo.exc.InternalTorchDynamoError("ModuleNotFoundError: No module named 'x'")
+
+    eager, x = Tiny().eval(), torch.randn(2, 8)
+    model = _optimized(copy.deepcopy(eager))
+    model._compiled_call_impl._compiled = raises
+    with pytest.warns(UserWarning, match="No module named"):
+        assert torch.equal(model(x), eager(x))
+    assert torch.equal(model(x), eager(x)) and len(session(model).failures) == 1
+
+
 def test_strict_raises_where_capture_fails() -> None:
     model = _optimized(GivesUp(), strict=True)
     with pytest.warns(UserWarning), pytest.raises(UnfusedError, match="not captured"):
