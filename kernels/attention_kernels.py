@@ -295,29 +295,30 @@ def _grad_key_value_kernel(
 
 
 # (block of queries, block of keys, warps, stages) by kernel and padded head dimension: plain or causal; with
-# a mask, or query heads sharing keys in the last kernel; with dropout. Each is the largest tried that triton
-# 3.6 compiles for sm_90 without spills or serialised wgmma: an additive tile takes registers, Philox more.
+# a mask; with dropout. Large tiles that triton 3.6 compiles for sm_90 without spills or serialised wgmma; an
+# additive tile takes registers, Philox more.
 CONFIGS = {
     "forward": {
         64: ((128, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-        128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
         256: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
     },
     "grad_query": {
         64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
-        128: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
         256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     },
     "grad_key_value": {
         64: ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
-        128: ((64, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2)),
+        128: ((64, 128, 8, 2), (32, 64, 8, 2), (16, 128, 8, 2)),
         256: ((16, 64, 8, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
     },
 }
+SHARED_HEADS = {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 2)}  # grad_key_value, no mask
 # float32 products run on the FMA units, whose operands sit in registers.
 CONFIGS_FLOAT32 = {
     "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    "grad_query": {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+    "grad_query": {64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
     "grad_key_value": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 
@@ -335,8 +336,10 @@ def _blocks(
     plain, masked, dropping = CONFIGS[kernel][widest]
     if dropout > 0.0:
         return dropping
+    if mask is not None:
+        return masked
     shared = kernel == "grad_key_value" and q.shape[1] != v.shape[1]
-    return plain if mask is None and not shared else masked
+    return SHARED_HEADS[widest] if shared else plain
 
 
 def _constants(
