@@ -42,7 +42,7 @@ TILES = {
     ("half", "split"): Tile(128, 128, 64, 4, 3),
     ("half", "small"): Tile(64, 64, 64, 4, 4),
     ("half", "ragged"): Tile(64, 64, 32, 8, 2),
-    ("tf32", "large"): Tile(128, 128, 32, 8, 3),
+    ("tf32", "large"): Tile(64, 64, 32, 4, 4),
     ("tf32", "split"): Tile(64, 64, 32, 4, 4),
     ("tf32", "small"): Tile(64, 64, 32, 4, 4),
     ("tf32", "ragged"): Tile(64, 64, 32, 8, 2),

@@ -173,24 +173,27 @@ def _finish(z: Tensor, residual: Tensor | None, act: str, y: Tensor) -> None:
         y.copy_(out)
 
 
-def _widened_dact(grad: Tensor, saved: Tensor | None, act: str) -> Tensor:
-    """dz in float32, in fresh memory unless it is grad itself."""
+def _widened_dact(grad: Tensor, saved: Tensor | None, act: str, out: Tensor | None = None) -> Tensor:
+    """dz in float32: in `out`, or in memory of its own, or grad itself where nothing was saved."""
     wide = grad.float()
-    if saved is not None:
+    if saved is None:
+        return wide
+    if out is None:
         out = torch.empty_like(wide) if wide is grad else wide
-        ACTIVATIONS[act].cpu_backward(wide, saved.float(), out)
-        return out
-    return wide
+    ACTIVATIONS[act].cpu_backward(wide, saved.float(), out)
+    return out
 
 
 def _dact(grad: Tensor, saved: Tensor | None, act: str, grad_bias: Tensor | None) -> Tensor:
     """dz in grad's dtype, and its column sums to grad_bias; both from one float32 block at a time."""
     dz = grad if saved is None else torch.empty(grad.shape, dtype=grad.dtype)
+    in_place = saved is not None and dz.dtype == torch.float32
     total = torch.zeros(grad.shape[1]) if grad_bias is not None else None
     if saved is not None or total is not None:
         for rows in _row_blocks(*grad.shape):
-            wide = _widened_dact(grad[rows], None if saved is None else saved[rows], act)
-            if saved is not None:
+            read = None if saved is None else saved[rows]
+            wide = _widened_dact(grad[rows], read, act, dz[rows] if in_place else None)
+            if saved is not None and not in_place:
                 dz[rows] = wide
             if total is not None:
                 total += wide.sum(0)
