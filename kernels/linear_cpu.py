@@ -20,6 +20,7 @@ from fusekit.kernels.activations import ACTIVATIONS
 # Bytes of float32 z in a block. 2048 x 1024 x 4096, forward and backward, one thread of an AVX2 processor:
 # 8 MiB 785 ms in bfloat16; 1, 2, 4 and 32 MiB 985, 930, 855 and 935 ms.
 BLOCK_BYTES = 8 << 20
+PASS_BYTES = 1 << 20  # where a block is only passed over: its temporaries stay in the second-level cache
 
 # What oneDNN's epilogue calls them: name and algorithm. The others would square or gate a rounded z.
 EPILOGUES = {
@@ -91,7 +92,7 @@ def _forward_widened(
 
 
 def _activate(z: Tensor, residual: Tensor | None, act: str, y: Tensor) -> None:
-    for rows in _row_blocks(*y.shape):
+    for rows in _row_blocks(*y.shape, PASS_BYTES):
         _finish(z[rows], None if residual is None else residual[rows], act, y[rows])
 
 
@@ -151,8 +152,8 @@ def multiplies(dtype: torch.dtype) -> bool:
     return native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _row_blocks(M: int, N: int) -> Iterator[slice]:
-    rows = max(64, BLOCK_BYTES // (4 * max(N, 1)))
+def _row_blocks(M: int, N: int, size: int | None = None) -> Iterator[slice]:
+    rows = max(64, (size or BLOCK_BYTES) // (4 * max(N, 1)))
     return (slice(start, min(start + rows, M)) for start in range(0, M, rows))
 
 
@@ -190,7 +191,7 @@ def _dact(grad: Tensor, saved: Tensor | None, act: str, grad_bias: Tensor | None
     in_place = saved is not None and dz.dtype == torch.float32
     total = torch.zeros(grad.shape[1]) if grad_bias is not None else None
     if saved is not None or total is not None:
-        for rows in _row_blocks(*grad.shape):
+        for rows in _row_blocks(*grad.shape, PASS_BYTES):
             read = None if saved is None else saved[rows]
             wide = _widened_dact(grad[rows], read, act, dz[rows] if in_place else None)
             if saved is not None and not in_place:
