@@ -133,7 +133,10 @@ def assert_refuses_what_it_does_not_support(op: Op, device: str) -> None:
     meta = next(i for i, a in reversed(list(enumerate(args))) if isinstance(a, Tensor))
     elsewhere = (*args[:meta], args[meta].detach().to("meta"), *args[meta + 1 :])
     whole = (args[0].detach().to(torch.int64), *args[1:])
-    for wrong in (widen(args), whole, elsewhere):
+    cases = [widen(args), whole]
+    if elsewhere[meta].device != args[0].device:  # the sanitizer says "cuda:0" of every tensor
+        cases.append(elsewhere)
+    for wrong in cases:
         sentence = op.supports(*wrong)
         assert sentence, "supports() takes what no kernel can run"
         with pytest.raises(ValueError) as caught:
