@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import subprocess
@@ -146,6 +147,7 @@ def _cache_file(version: str, job: dict[str, Any]) -> Path:
     return CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
+@functools.cache
 def _sources() -> str:
     files = [WORKER, *sorted((ROOT / "kernels").glob("*.py"))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()

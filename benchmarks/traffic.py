@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "traffic.json"
 LIMIT = 1.05  # counted over minimum
 
-# Partial sums are one row per multiprocessor, 132 here, so the number of rows decides what they weigh: a batch
-# of 8 sequences of 1024 tokens. The width does not matter: they grow with it like everything else.
+# Partial sums are one row per multiprocessor, 132 here, so the number of rows decides what they weigh: a
+# batch of 8 sequences of 1024 tokens. The width does not matter: they grow with it like everything else.
 ROWS, COLUMNS = 8192, 512
 
 PARAMETERS = {"add_layer_norm": 2, "add_rms_norm": 1}
