@@ -35,10 +35,14 @@ CONTENDERS = (  # name, provider, precision; the first sets the number of steps
     ("torch.compile bf16", "compile", "bf16"),
     ("fusekit bf16", "fusekit", "bf16"),
 )
-NOTE = "bf16 of eager and torch.compile is torch.autocast; speed: wall time, against the first row"
+NOTE = (
+    "bf16 of eager and torch.compile is torch.autocast; speed: wall time, against the first row; "
+    "parity: fused sites that match float64"
+)
 FIXED_SECONDS = 130.0  # four starts, torch.compile, capture, verify: measured on 2 cores
 PATIENCE = 1.5  # times the minutes asked for, after which what is not finished is stopped
 LEAST_SHARE = 0.1  # of that time, kept for each contender that still waits
+COMMAND = ("-m", "fusekit.contender")
 HEARTBEAT = 5.0  # seconds of silence after which the user is told what is going on
 
 
@@ -125,7 +129,7 @@ def _run(name: str, spec: dict[str, Any], console: Console, deadline: float) -> 
     errors.parent.mkdir(parents=True, exist_ok=True)
     with errors.open("w") as stderr, monitor:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fusekit.contender"],
+            [sys.executable, "-P", *COMMAND],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -193,9 +197,8 @@ def _events(child: subprocess.Popen[str]) -> Iterator[dict[str, Any] | None]:
 
 def table(results: list[dict[str, Any]]) -> Table:
     """One row per contender."""
-    shown = Table(
-        title="Same model, data and seed", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    shown = Table(title="Same model, data and seed", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    shown.padding, shown.pad_edge = (0, 1, 0, 0), False
     for heading in ("", "ms/step", "speed", "CPU ms", "peak", "train", "val", "start", "parity"):
         shown.add_column(heading, justify="left" if heading in ("", "parity") else "right", no_wrap=True)
     shown.caption, shown.caption_justify = NOTE, "left"
@@ -227,4 +230,4 @@ def table(results: list[dict[str, Any]]) -> Table:
 def parity(result: dict[str, Any]) -> str:
     if "parity" not in result:
         return "–"
-    return f"{result['sites']} sites {'ok' if result['parity'] else 'FAILED'}"
+    return f"ok, {result['sites']}" if result["parity"] else "FAILED"
