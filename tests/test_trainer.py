@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+import fusekit
 from fusekit.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fusekit.data import Corpus
 from fusekit.gpt import GPT, GPTConfig
@@ -88,6 +89,19 @@ def test_stopping_anywhere_and_resuming_gives_the_same_bits(tmp_path, precision,
         for name in ("straight", "broken")
     ]
     assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_resuming_under_fusekit_gives_the_same_bits(tmp_path, precision):
+    options = {"provider": "fusekit", "precision": precision, "steps": 8}
+    fusekit.optimize(torch.nn.Linear(2, 2))  # a process's first optimize tests torch, with weights of its own
+    straight = make_trainer(tmp_path / "straight", **options)
+    straight.fit()
+    make_trainer(tmp_path / "broken", **options, stop_after=5).fit()
+    resumed = make_trainer(tmp_path / "broken", **options)
+    resumed.resume()
+    resumed.fit()
+    assert_same_bits(weights(straight), weights(resumed))
 
 
 SCRIPT = """
