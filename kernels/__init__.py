@@ -1,14 +1,23 @@
 """Fused ops. OPS is the registry: tests, benchmarks, `fusekit ops` and the docs are loops over it."""
 
-if __name__ != "fusekit.kernels":
-    raise ImportError("the folder kernels is the package fusekit.kernels: pip install -e . and import that")
+if __name__ == "fusekit.kernels":
+    from fusekit.kernels import add_layer_norm, add_rms_norm, attention, linear_act
+    from fusekit.kernels.op import Op
 
-from fusekit.kernels import add_layer_norm, add_rms_norm, attention, linear_act
-from fusekit.kernels.op import Op
+    OPS: dict[str, Op] = {
+        "add_layer_norm": add_layer_norm.OP,
+        "add_rms_norm": add_rms_norm.OP,
+        "attention": attention.OP,
+        "linear_act": linear_act.OP,
+    }
+else:
+    # Python started in a checkout finds this folder under the name of a Hugging Face package that transformers
+    # probes for at import. The probe must come back with "nothing usable"; anything more than a probe is refused.
+    __version__ = "0"
+    __path__: list[str] = []
 
-OPS: dict[str, Op] = {
-    "add_layer_norm": add_layer_norm.OP,
-    "add_rms_norm": add_rms_norm.OP,
-    "attention": attention.OP,
-    "linear_act": linear_act.OP,
-}
+    def __getattr__(name: str) -> object:
+        raise AttributeError(
+            f"no {name} here: the folder kernels of a checkout is the package fusekit.kernels; "
+            "run `pip install -e .` and import that"
+        )
