@@ -18,14 +18,11 @@ from fusekit.kernels import OPS
 from fusekit.kernels.op import Op
 from fusekit.passes.canonicalise import bodies, location
 from fusekit.passes.normalise import is_mutation, is_view, same_meta
-from fusekit.passes.pattern import LAYOUT, Match, Miss, New, Rule
+from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, New, Rule
 from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
 from fusekit.passes.rules import RULES
 from fusekit.passes.spelling import spell, value_of
-
-SEED = object()
-"""An argument that `Rule.finish` sets: the graph's one seed tensor, drawn in front of the first op that uses it."""
 
 SEED_RANGE = 2**62
 

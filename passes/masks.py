@@ -68,7 +68,7 @@ _ZERO = Affine(0)
 
 
 class Mask(NamedTuple):
-    """A boolean mask as (key <= query where `causal`) and `rest`; rest None is true everywhere."""
+    """A mask as (key <= query, where `causal`) and `rest`; rest None is true everywhere."""
 
     causal: bool
     rest: fx.Node | None
@@ -100,7 +100,7 @@ def recover_additive(mask: fx.Node, lowest: float) -> Mask | None:
 
 def predicate(mask: fx.Node) -> Predicate | None:
     """What a mask says about (query, key), None where it is not made of index arithmetic alone."""
-    value = _value(mask, _variables(value_of(mask).dim()))
+    value = _value(mask, _aligned(mask, _variables(value_of(mask).dim())))
     return _simplified(value) if isinstance(value, Predicate) else None
 
 
@@ -125,7 +125,7 @@ def _conjuncts(node: fx.Node) -> list[fx.Node]:
 
 def _additive_predicate(node: fx.Node, lowest: float) -> Predicate | None:
     name, args = spell(node)
-    index = _variables(value_of(node).dim())
+    index = _aligned(node, _variables(value_of(node).dim()))
     if name in ("to", "clone", "contiguous"):
         return _additive_predicate(args[0], lowest) if _keeps_infinity(node) else None
     if name == "masked_fill" and _is_low(args[2], lowest) and _constant(args[0]) == 0:

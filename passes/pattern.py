@@ -45,6 +45,10 @@ NEUTRAL = {"mul": 1.0, "dropout": 0.0}
 LOW = torch.bfloat16  # stands for "the dtype of the op's first argument" in a trace
 
 
+SEED = object()
+"""An argument that `Rule.finish` sets: the graph's one seed tensor, drawn in front of its first use."""
+
+
 class New(NamedTuple):
     """A node to be made in front of the fused one: `target(*args)`."""
 
@@ -368,6 +372,11 @@ class _Search:
         outputs = tuple(state.nodes.get(p) or state.skipped[p] for p in self.pattern.outputs)
         arguments = {**state.operands, **state.captures, **self.pattern.rule.fixed}
         stands_for: dict[fx.Node, tuple[str, New | None]] = {}
+        for p, node in state.skipped.items():
+            wanted = self.pattern.spelled[p]
+            if self.is_shared(wanted):
+                made = New(INVERTIBLE[wanted.name], (node, *INVERSE_ARGS[wanted.name]))
+                stands_for[node] = (str(wanted.args[0].target), made)
         for name, value in state.operands.items():
             if isinstance(value, New):
                 stands_for[value.args[0]] = (name, value)

@@ -1,0 +1,221 @@
+"""Attention, called by name or written out: rows of attention.
+
+    softmax(q k^T * scale + mask) v,   dropout on the probabilities
+
+A pattern finds the chain; `finish` then reads what the chain leaves open: heads repeated for grouped-query attention
+are unfolded, the mask is taken apart (passes/masks.py), active dropout gets the graph's seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fusekit.passes.masks import CAUSAL, TRUE, predicate, recover, recover_additive
+from fusekit.passes.pattern import SEED, Match, New, Rule
+from fusekit.passes.spelling import spell, value_of
+
+GROUPED = {"k": "B Hkv Tk D", "v": "B Hkv Tk Dv", "q": "B Hkv*G Tq D", "mask": "optional any bool Tq Tk"}
+EQUAL = {"q": "B H Tq D", "k": "B H Tk D", "v": "B H Tk Dv", "mask": "any bool Tq Tk"}
+ADDED = {**EQUAL, "mask": "any Tq Tk"}
+LOWEST = -3e4  # what a model fills in for "forbidden": finfo(float16).min is -65504, many write -1e9
+
+aten = torch.ops.aten
+
+
+def finish_call(match: Match) -> str | None:
+    """F.scaled_dot_product_attention: the mask is boolean or is added."""
+    mask = match.arguments.get("mask")
+    if mask is not None:
+        take = _take_boolean if value_of(mask).dtype == torch.bool else _take_added
+        if reason := take(match):
+            return reason
+    return _finish(match)
+
+
+def finish_filled(match: Match) -> str | None:
+    """Scores overwritten where the mask forbids: -inf, or so low a number that exp gives zero."""
+    return _take_boolean(match) or _finish(match)
+
+
+def finish_added(match: Match) -> str | None:
+    return _take_added(match) or _finish(match)
+
+
+def _finish(match: Match) -> str | None:
+    _unfold_repeated_heads(match)
+    dropout = match.arguments.get("dropout", 0.0)
+    if dropout:
+        if not 0.0 < dropout < 1.0:
+            return f"dropout {dropout} keeps nothing"
+        if value_of(match.root).device.type == "cpu":
+            return "dropout is active, and on a CPU eager draws its mask faster than Philox would be computed"
+        match.arguments["seed"] = SEED
+    return None
+
+
+def _take_boolean(match: Match) -> str | None:
+    fill = match.arguments.get("fill", -math.inf)
+    mask, node = match.arguments["mask"], None
+    if isinstance(mask, New):  # the complement of what the model has
+        forbidden = predicate(mask.args[0])
+        allowed = forbidden.opposite() if forbidden is not None else None
+        found = (True, None) if allowed == CAUSAL else (False, mask)
+        node = mask.args[0]
+    elif value_of(mask).dtype != torch.bool:  # `mask == 0` is forbidden, so `mask != 0` is allowed
+        allowed = predicate(mask)
+        found = (True, None) if allowed == CAUSAL else (False, New(aten.ne.Scalar, (mask, 0)))
+        node = mask
+    else:
+        found = recover(mask)
+        node = mask
+    causal, rest = found
+    if fill != -math.inf and rest is not None:
+        return f"masked with {fill:g}, not -inf, by a mask that may forbid a whole row: eager shares it out evenly"
+    if fill > LOWEST:
+        return f"masked with {fill:g}, which a score can come near to"
+    match.arguments["causal"], match.arguments["mask"] = causal or bool(match.arguments.get("causal")), rest
+    if rest is not mask:
+        match.stands_for.pop(node, None)
+    if isinstance(rest, fx.Node):
+        match.stands_for[rest] = ("mask", None)
+    return None
+
+
+def _take_added(match: Match) -> str | None:
+    mask = match.arguments["mask"]
+    if isinstance(mask, New) or not value_of(mask).is_floating_point():
+        return "what is added to the scores is no floating point mask"
+    if _needs_gradient(mask):
+        return "the mask needs a gradient, as a learned bias does, and the op gives none"
+    found = recover_additive(mask, LOWEST)
+    if found is not None:
+        match.arguments["causal"], match.arguments["mask"] = found.causal, None
+        match.stands_for.pop(mask, None)
+    return None
+
+
+def _needs_gradient(mask: fx.Node) -> bool:
+    """Whether a parameter or input that is trained reaches the mask through floating point values."""
+    pending, seen = [mask], set()
+    while pending:
+        node = pending.pop()
+        value = value_of(node)
+        if node in seen or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        seen.add(node)
+        if spell(node).name == "detach":
+            continue
+        if node.op == "placeholder" and node.meta.get("requires_grad", True):
+            return True
+        if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+            return True  # a checkpoint or another call that is not looked into
+        pending += node.all_input_nodes
+    return False
+
+
+def _unfold_repeated_heads(match: Match) -> None:
+    """Take k and v as they were before their heads were repeated, where both were, equally often."""
+    k, v = match.arguments["k"], match.arguments["v"]
+    sources = _before_repeat(k), _before_repeat(v)
+    if sources[0] is None or sources[1] is None or sources[0][1] != sources[1][1]:
+        return
+    for name, repeated, (source, _) in (("k", k, sources[0]), ("v", v, sources[1])):
+        match.arguments[name] = source
+        match.stands_for.pop(repeated, None)
+    for name in ("k", "v"):
+        match.stands_for[match.arguments[name]] = (name, None)
+
+
+def _before_repeat(node: Any) -> tuple[fx.Node, int] | None:
+    """(x, n) where `node` is x with every head n times in a row."""
+    if not isinstance(node, fx.Node):
+        return None
+    name, args = spell(node)
+    if name == "repeat_interleave" and len(args) > 2 and isinstance(args[1], int) and args[2] == -3:
+        return args[0], args[1]
+    chain = [node]
+    for wanted in ("reshape", "expand", "unsqueeze"):
+        if spell(chain[-1]).name != wanted:
+            return None
+        chain.append(spell(chain[-1]).args[0])
+    shape, wide, _, source = (value_of(n).shape for n in chain)
+    if len(wide) != 5 or len(shape) != 4 or len(source) != 4 or spell(chain[2]).args[1] != -3:
+        return None
+    times = wide[2]
+    batch, heads, *rest = source
+    fits = [(batch, wide[0]), (heads, wide[1]), (heads * times, shape[1]), *zip(rest, wide[3:], strict=True)]
+    if not isinstance(times, int) or not all(statically_known_true(a == b) for a, b in fits):
+        return None
+    return chain[-1], times
+
+
+def called(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, False, scale=scale, enable_gqa=True)
+
+
+def called_causal(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
+
+
+Scores = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def scaled_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (q @ k.transpose(-2, -1)) * scale
+
+
+def scaled_query(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (q * scale) @ k.transpose(-2, -1)
+
+
+def attend(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Softmax in float32 or not, cast back or not: in low precision all of these are the op's own rounding."""
+    probabilities = torch.softmax(scores.to(torch.float32), -1).to(v.dtype)
+    return F.dropout(probabilities, dropout, True) @ v
+
+
+def written(scores: Scores) -> Callable[..., Tensor]:
+    return lambda q, k, v, scale, dropout: attend(scores(q, k, scale), v, dropout)
+
+
+def filled(scores: Scores) -> Callable[..., Tensor]:
+    """masked_fill with the complement of what may be attended to, as nanoGPT's `mask == 0`."""
+    return lambda q, k, v, mask, scale, dropout, fill: attend(
+        scores(q, k, scale).masked_fill(mask.logical_not(), fill), v, dropout
+    )
+
+
+def chosen(scores: Scores) -> Callable[..., Tensor]:
+    return lambda q, k, v, mask, scale, dropout, fill: attend(
+        torch.where(mask, scores(q, k, scale), fill), v, dropout
+    )
+
+
+def added(scores: Scores) -> Callable[..., Tensor]:
+    return lambda q, k, v, mask, scale, dropout: attend(scores(q, k, scale) + mask, v, dropout)
+
+
+def _rows(scores: Scores, source: str) -> list[Rule]:
+    none = {name: shape for name, shape in EQUAL.items() if name != "mask"}
+    return [
+        Rule("attention", filled(scores), f"{source}, masked_fill", EQUAL, finish=finish_filled),
+        Rule("attention", chosen(scores), f"{source}, where", EQUAL, finish=finish_filled),
+        Rule("attention", added(scores), f"{source}, added mask", ADDED, finish=finish_added),
+        Rule("attention", written(scores), source, none, finish=_finish),
+    ]
+
+
+CALL = "F.scaled_dot_product_attention"
+RULES = [
+    *_rows(scaled_scores, "written out"),
+    *_rows(scaled_query, "written out, scaled query"),
+    Rule("attention", called, CALL, GROUPED, {"causal": False}, finish_call),
+    Rule("attention", called_causal, f"{CALL}, is_causal", GROUPED, {"causal": True}, finish_call),
+]

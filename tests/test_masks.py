@@ -1,0 +1,228 @@
+"""The mask reader against the mask itself: whatever it says, causal and rest put together are the dense mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusekit.passes.masks import CAUSAL, recover, recover_additive
+from fusekit.passes.normalise import normalise_graph
+
+INF = float("inf")
+
+
+def _traced(build: Callable[..., Tensor], *inputs: Tensor, mode: str = "fake") -> tuple[fx.GraphModule, fx.Node]:
+    graph = make_fx(build, pre_dispatch=True, tracing_mode=mode)(*inputs)
+    normalise_graph(graph)
+    return graph, graph.graph.output_node().args[0]
+
+
+def _run(graph: fx.GraphModule, node: fx.Node, *inputs: Tensor) -> Tensor:
+    """The value of an inner node."""
+    copy = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for original in graph.graph.nodes:
+        if original.op != "output":
+            values[original] = copy.node_copy(original, values.__getitem__)
+    copy.output(values[node])
+    return fx.GraphModule(graph, copy)(*inputs)
+
+
+def _is_consistent(build: Callable[..., Tensor], rows: int, columns: int, *inputs: Tensor) -> bool:
+    """Whether what is recovered is the dense mask; returns the causal flag."""
+    dense = build(*inputs).expand(2, 1, rows, columns)
+    graph, node = _traced(build, *inputs)
+    causal, rest = recover(node)
+    again = torch.ones(rows, columns, dtype=torch.bool)
+    again = again.tril() if causal else again
+    if rest is not None:
+        again = again & _run(graph, rest, *inputs)
+    torch.testing.assert_close(again.expand_as(dense), dense, rtol=0, atol=0)
+    return causal
+
+
+@st.composite
+def _positions(draw: Any, length: int, query: bool) -> Callable[[Tensor], Tensor]:
+    """Positions along one axis, as arithmetic that models write, and as arithmetic that is nearly that."""
+    start = draw(st.sampled_from([0, 0, 0, 1, 3]))
+    step = draw(st.sampled_from([1, 1, 1, 2]))
+    shift = draw(st.sampled_from([0, 0, 0, -1, 1]))
+    cut = draw(st.sampled_from([0, 0, 2]))
+    single = query and draw(st.integers(0, 9)) == 0
+    gather = draw(st.booleans())
+
+    def build(_: Tensor) -> Tensor:
+        line = torch.arange(start - cut * step, start + length * step, step)[cut:] + shift
+        if gather:
+            line = line.expand(2, -1)[torch.arange(2)[:, None], torch.arange(length)[None]][:1]
+        line = line.reshape(length)
+        line = line[1:2] if single else line
+        return line[:, None] if query else line[None, :]
+
+    return build
+
+
+@st.composite
+def _mask(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    """A random boolean mask of (2, 1, rows, columns) or something that broadcasts to it."""
+    kind = draw(st.sampled_from(["compare", "compare", "triangle", "padding", "and", "not", "window", "equal"]))
+    if kind == "compare":
+        q, k = draw(_positions(rows, True)), draw(_positions(columns, False))
+        compare = draw(st.sampled_from([torch.le, torch.lt, torch.ge, torch.gt]))
+        flip = draw(st.booleans())
+        return lambda pad: compare(q(pad), k(pad)) if flip else compare(k(pad), q(pad))
+    if kind == "triangle":
+        triangle = draw(st.sampled_from([torch.tril, torch.triu]))
+        diagonal = draw(st.integers(-2, 2))
+        start = draw(st.integers(0, 2))
+        transposed = draw(st.booleans())
+
+        def build(pad: Tensor) -> Tensor:
+            sizes = (columns + 2, rows + 2) if transposed else (rows + 2, columns + 2)
+            whole = triangle(torch.ones(sizes), diagonal=diagonal)
+            whole = whole.t() if transposed else whole
+            return whole[start : start + rows, start : start + columns] != 0
+
+        return build
+    if kind == "padding":
+        return lambda pad: pad[:, None, None, :]
+    if kind == "window":
+        width = draw(st.integers(0, 3))
+        return lambda pad: torch.arange(columns)[None, :] > torch.arange(rows)[:, None] - width
+    if kind == "equal":
+        number = draw(st.integers(0, 2))
+        return lambda pad: torch.arange(columns)[None, :] - torch.arange(rows)[:, None] == number
+    inner = draw(_mask(rows, columns))
+    if kind == "not":
+        style = draw(st.sampled_from([torch.logical_not, lambda m: ~m, lambda m: m.int() == 0]))
+        return lambda pad: style(inner(pad))
+    other = draw(_mask(rows, columns))
+    join = draw(st.sampled_from([torch.logical_and, torch.logical_or, lambda a, b: a & b, lambda a, b: a ^ b]))
+    shaped = draw(st.sampled_from([lambda m: m, lambda m: m.new_ones((), dtype=torch.bool) & m, lambda m: m.clone()]))
+    return lambda pad: shaped(join(inner(pad), other(pad)))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_what_is_recovered_is_the_mask(data: Any) -> None:
+    rows, columns = data.draw(st.sampled_from([(5, 5), (4, 6), (6, 4)]))
+    build = data.draw(_mask(rows, columns))
+    pad = torch.rand(2, columns, generator=torch.Generator().manual_seed(0)) > 0.4
+    _is_consistent(build, rows, columns, pad)
+
+
+def _hugging_face(pad: Tensor) -> Tensor:
+    """What transformers builds when it may not look at data: gathers, a packed-sequence test, `new_ones &`."""
+    positions = torch.arange(5).unsqueeze(0).expand(2, -1)
+    first = positions[:, :1] - 1
+    packed = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)
+    batch = torch.arange(2)[:, None, None, None]
+    q, k = torch.arange(5)[None, None, :, None], torch.arange(5)[None, None, None, :]
+    same = packed[batch, q] == packed[batch, k]
+    return q.new_ones((), dtype=torch.bool) & same & (positions[batch, k] <= positions[batch, q])
+
+
+CAUSAL_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "arange": lambda pad: torch.arange(5)[None, :] <= torch.arange(5)[:, None],
+    "tril": lambda pad: torch.ones(5, 5).tril() != 0,
+    "tril of bool": lambda pad: torch.tril(torch.ones(5, 5, dtype=torch.bool)),
+    "not triu": lambda pad: ~torch.triu(torch.ones(5, 5, dtype=torch.bool), diagonal=1),
+    "sliced buffer": lambda pad: torch.ones(9, 9).tril().view(1, 1, 9, 9)[:, :, :5, :5] != 0,
+    "Hugging Face": _hugging_face,
+    "query >= key": lambda pad: torch.arange(5).view(-1, 1) >= torch.arange(5).view(1, -1),
+    "smaller than the next": lambda pad: torch.arange(5)[None, :] < torch.arange(1, 6)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL_MASKS)
+def test_causal_masks_are_recognised_whole(name: str) -> None:
+    _, node = _traced(CAUSAL_MASKS[name], torch.ones(2, 5, dtype=torch.bool))
+    assert recover(node) == (True, None)
+
+
+@pytest.mark.parametrize("name", CAUSAL_MASKS)
+def test_padding_stays_a_tensor_beside_causal(name: str) -> None:
+    pad = torch.tensor([[True] * 5, [False, True, True, True, True]])
+
+    def build(pad: Tensor) -> Tensor:
+        return CAUSAL_MASKS[name](pad) & pad[:, None, None, :]
+
+    assert _is_consistent(build, 5, 5, pad)
+    _, node = _traced(build, pad)
+    rest = recover(node).rest
+    assert rest is not None and rest.meta["val"].shape == (2, 1, 1, 5)
+
+
+NEARLY: dict[str, Callable[[Tensor], Tensor]] = {
+    "strictly before": lambda pad: torch.arange(5)[None, :] < torch.arange(5)[:, None],
+    "one ahead": lambda pad: torch.ones(5, 5).tril(1) != 0,
+    "bottom right": lambda pad: torch.ones(5, 7).tril(2) != 0,
+    "past keys": lambda pad: torch.arange(7)[None, :] <= torch.arange(2, 7)[:, None],
+    "anticausal": lambda pad: torch.arange(5)[None, :] >= torch.arange(5)[:, None],
+    "every other": lambda pad: torch.arange(0, 10, 2)[None, :] <= torch.arange(5)[:, None],
+    "one query position for all": lambda pad: (torch.arange(5)[None, :] <= torch.arange(5)[3:4, None]).expand(5, 5),
+    "flipped": lambda pad: (torch.arange(5)[None, :] <= torch.arange(5)[:, None]).flip(-1),
+    "positions from data": lambda pad: pad.cumsum(-1)[:, None, None, :] <= pad.cumsum(-1)[:, None, :, None],
+    "of floats": lambda pad: torch.arange(5.0)[None, :] * 0.5 <= torch.arange(5.0)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_what_is_nearly_causal_keeps_its_tensor(name: str) -> None:
+    _, node = _traced(NEARLY[name], torch.ones(2, 5, dtype=torch.bool))
+    causal, rest = recover(node)
+    assert not causal and rest is node
+
+
+def test_symbolic_sizes() -> None:
+    def build(x: Tensor) -> Tensor:
+        return torch.arange(x.shape[1])[None, :] <= torch.arange(x.shape[1])[:, None]
+
+    _, node = _traced(build, torch.ones(2, 5), mode="symbolic")
+    assert isinstance(node.meta["val"].shape[0], torch.SymInt)
+    assert recover(node) == (True, None)
+
+
+ADDITIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "where": lambda pad: torch.where(CAUSAL_MASKS["arange"](pad), torch.zeros([]), -INF),
+    "finfo.min": lambda pad: torch.where(CAUSAL_MASKS["arange"](pad), 0.0, torch.finfo(torch.float32).min),
+    "masked_fill": lambda pad: torch.zeros(5, 5).masked_fill(~CAUSAL_MASKS["arange"](pad), -INF),
+    "generate_square_subsequent_mask": lambda pad: torch.triu(torch.full((5, 5), -INF), diagonal=1),
+}
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_added_causal_masks(name: str) -> None:
+    pad = torch.ones(2, 5, dtype=torch.bool)
+    _, node = _traced(ADDITIVE[name], pad)
+    assert recover_additive(node, -3e4) == (True, None)
+
+
+NOT_ADDITIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "with padding": lambda pad: torch.where(
+        CAUSAL_MASKS["arange"](pad) & pad[:, None, None, :], torch.zeros([]), -INF
+    ),
+    "mild": lambda pad: torch.triu(torch.full((5, 5), -100.0), diagonal=1),
+    "ones": lambda pad: torch.where(CAUSAL_MASKS["arange"](pad), 1.0, -INF),
+    "ALiBi": lambda pad: -(torch.arange(5)[:, None] - torch.arange(5)[None, :]).abs().float(),
+    "wrong way": lambda pad: torch.where(CAUSAL_MASKS["arange"](pad), -INF, torch.zeros([])),
+    "strict": lambda pad: torch.triu(torch.full((5, 5), -INF), diagonal=0),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ADDITIVE)
+def test_other_added_masks_stay_as_they_are(name: str) -> None:
+    _, node = _traced(NOT_ADDITIVE[name], torch.ones(2, 5, dtype=torch.bool))
+    assert recover_additive(node, -3e4) is None
+
+
+def test_causal_is_one_atom() -> None:
+    (atom,) = CAUSAL.atoms
+    assert atom.constant == 0 and dict(atom.terms) == {"key": 1, "query": -1}
