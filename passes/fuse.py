@@ -1,6 +1,7 @@
-"""Put fused ops in the place of the chains that RULES describe, largest first, and say why where it is not done.
+"""Put fused ops in the place of the chains that RULES describe, largest first, or say why not.
 
-A match becomes a fusion when the op supports its arguments and gives back the dtype and shape of what it replaces.
+A match becomes a fusion when the op supports its arguments and gives back the dtype and shape of what it
+replaces.
 The replaced nodes are erased one by one: dead code elimination keeps random nodes, and both would draw.
 """
 
@@ -17,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from fusekit.kernels import OPS
 from fusekit.kernels.op import Op
 from fusekit.passes.canonicalise import bodies, location
-from fusekit.passes.normalise import is_mutation, is_view, same_meta
+from fusekit.passes.normalise import is_mutation, is_view, same_meta, same_shape
 from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, New, Rule
 from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
@@ -159,10 +160,19 @@ class _Fuser:
         for part, output, result in zip(parts, match.outputs, _as_tuple(results), strict=False):
             if part is not fused:
                 _describe_node(part, output, result)
+            if _layout_shows(output) and not same_shape(value_of(output).stride(), result.stride()):
+                part = self.as_contiguous(part, output)
             output.replace_all_uses_with(part)
             if not part.users:  # the sum, where nobody reads it again
                 self.graph.erase_node(part)
         self.region.fusions.append(fusion)
+
+    def as_contiguous(self, part: fx.Node, output: fx.Node) -> fx.Node:
+        """What the model hands out, in the layout it had."""
+        with self.graph.inserting_after(part):
+            copied = self.graph.call_function(torch.ops.aten.contiguous.default, (part,))
+        _describe_node(copied, output, value_of(output))
+        return copied
 
     def materialise(self, argument: Any, match: Match, before: fx.Node) -> Any:
         if argument is SEED:
@@ -175,7 +185,7 @@ class _Fuser:
         return node
 
     def seed_node(self, match: Match, before: fx.Node) -> fx.Node:
-        """One draw per graph, in front of its first use: random ops before it see the state they always saw."""
+        """One draw per graph, in front of its first use: random ops before it see the state they did."""
         if self.seed is None:
             device = value_of(match.root).device
             self.seed = self.graph.call_function(
@@ -261,8 +271,9 @@ def _differs(match: Match, results: Any) -> str | None:
         old = value_of(output)
         if not same_meta(old, result):
             return f"it returns {_kind(old)}, the op {_kind(result)}"
-        if old.stride() != result.stride() and _layout_shows(output):
-            return f"its strides {tuple(old.stride())} are seen outside and the op's are {tuple(result.stride())}"
+        moved = not same_shape(old.stride(), result.stride())
+        if moved and _layout_shows(output) and not old.is_contiguous():
+            return f"strides {tuple(old.stride())} are seen outside, the op's are {tuple(result.stride())}"
     return None
 
 

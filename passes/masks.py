@@ -1,11 +1,11 @@
 """Attention masks back from index arithmetic: which part of a mask is `key <= query`, and what is left of it.
 
-Models build masks with arange, comparisons and `&`; Hugging Face does so even where no mask is needed, because it
-cannot look at data while being captured. A mask is read as a predicate over (batch, head, query, key): index
-arithmetic is followed through views and gathers as affine forms, comparisons of those become atoms, and everything
-else stays a tensor. Only what is proved is dropped: an atom that is exactly `key - query <= 0`, and atoms that are
-constant and true. A wrong proof would train another model without a sound, so there is no guessing here: whatever is
-not understood keeps its tensor. Sizes may be symbolic; no size is ever compared with a guess.
+Models build masks with arange, comparisons and `&`; Hugging Face does so even where none is needed, because
+it cannot look at data while being captured. A mask is read as a predicate over (batch, head, query, key):
+index arithmetic is followed through views and gathers as affine forms, comparisons of those become atoms, and
+everything else stays a tensor. Only what is proved is dropped: an atom that is `key - query <= 0` itself, and
+atoms that are constant and true. A wrong proof would train another model without a sound, so there is no
+guessing here: whatever is not understood keeps its tensor. Sizes may be symbolic.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Affine:
         sums = dict(self.terms)
         for name, coefficient in other.terms:
             sums[name] = sums.get(name, 0) + factor * coefficient
-        return Affine(self.constant + factor * other.constant, frozenset((n, c) for n, c in sums.items() if c))
+        return Affine(
+            self.constant + factor * other.constant, frozenset((n, c) for n, c in sums.items() if c)
+        )
 
     def times(self, factor: int) -> Affine:
         return Affine(0).plus(self, factor)
@@ -89,8 +91,8 @@ def recover(mask: fx.Node) -> Mask:
 def recover_additive(mask: fx.Node, lowest: float) -> Mask | None:
     """Read a mask that is added to the scores: 0 where a key may be attended to, at most `lowest` elsewhere.
 
-    Returns None where it is not such a mask made of index arithmetic alone: with every key of some row forbidden,
-    adding -1e9 and forbidding differ, so only a mask known in full may be replaced.
+    Returns None where it is not such a mask made of index arithmetic alone: with every key of some row
+    forbidden, adding -1e9 and forbidding differ, so only a mask known in full may be replaced.
     """
     allowed = _additive_predicate(mask, lowest)
     if allowed == CAUSAL:
@@ -164,7 +166,11 @@ def _constant(value: Any) -> float | None:
         return filling if isinstance(filling, (int, float)) else None
     if name == "new_full":
         return args[2] if isinstance(args[2], (int, float)) else None
-    return _constant(args[0]) if name in ("to", "expand", "reshape", "unsqueeze", "clone", "contiguous") else None
+    return (
+        _constant(args[0])
+        if name in ("to", "expand", "reshape", "unsqueeze", "clone", "contiguous")
+        else None
+    )
 
 
 def _aligned(node: fx.Node, index: Index) -> Index:
@@ -301,7 +307,9 @@ def _unequal(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     left, right = _operand(args[0], index), _operand(args[1], index)
     if isinstance(left, Affine) and isinstance(right, Affine):
         difference = left.plus(right, -1)
-        if not difference.terms:  # the packed-sequence test: positions that grow by one, unequal to one, is never true
+        if (
+            not difference.terms
+        ):  # the packed-sequence test: positions that grow by one, unequal to one, is never true
             return TRUE if difference.constant else Predicate(frozenset({Affine(1)}))
         return None
     return left if isinstance(left, Predicate) and right == _ZERO else None

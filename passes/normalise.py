@@ -6,8 +6,8 @@
     dims counted from the end  so one pattern fits every rank
     cat([empty, k]) -> k       the first step of a Hugging Face cache
 
-and a region number on every node: grad-mode switches, autocast switches and mutations separate regions, and no
-fusion may span two. What is judged is meta["val"], never a literal argument.
+and a region number on every node: grad-mode switches, autocast switches and mutations separate regions, and
+no fusion may span two. What is judged is meta["val"], never a literal argument.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def is_view(node: fx.Node) -> bool:
 
 
 _MAY_ALIAS = {
-    aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other,
-    aten.type_as.default, aten.dropout.default, aten.flatten.using_ints, aten.reshape_as.default, aten.expand_as.default,
+    aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+    aten.to.other, aten.type_as.default, aten.dropout.default, aten.flatten.using_ints,
+    aten.reshape_as.default, aten.expand_as.default,
     aten.mT.default, aten.numpy_T.default, aten.unflatten.int, aten.chunk.default, aten.matrix_H.default,
     aten.adjoint.default, aten.narrow.default, aten.movedim.int, aten.swapaxes.default,
 }  # fmt: skip
@@ -117,7 +118,7 @@ def _vals(argument: Any) -> Any:
 
 
 def _is_private(target: fx.Node, mutation: fx.Node) -> bool:
-    """The tensor was made by a call that returns fresh memory, and only earlier nodes read it, none by a view."""
+    """A call that returns fresh memory made the tensor; only earlier nodes read it, none by a view."""
     if target.op != "call_function" or is_view(target):
         return False
     if is_mutation(target) or _keeps_alias(target):
@@ -239,7 +240,7 @@ def _is_empty(tensor: Any) -> bool:
 
 
 def _forward_uses(node: fx.Node, source: fx.Node) -> None:
-    """Let readers of `node` read `source`; a graph output or a writer keeps the node, whose identity it shows."""
+    """Let readers of `node` read `source`; a graph output or a writer keeps the node it shows."""
     node.replace_all_uses_with(
         source, delete_user_cb=lambda user: user.op != "output" and not is_mutation(user)
     )

@@ -1,14 +1,14 @@
 """The matcher: a rule's pattern is a plain function, traced once, looked for in pre-dispatch ATen graphs.
 
-A pattern is written over its op's own arguments. It is traced on small bfloat16 tensors whose sizes are distinct
-primes, so every shape in the trace factors back into the rule's letters; numbers the op takes (eps, scale) enter as
-magic values and are captured from the graph. A match needs, beyond the structure:
+A pattern is written over its op's own arguments. It is traced on small bfloat16 tensors whose sizes are
+distinct primes, so every shape in the trace factors back into the rule's letters; numbers the op takes (eps,
+scale) enter as magic values and are captured from the graph. A match needs, beyond the structure:
 
     commutative operands    in either order
     casts                   `x.to(float32)` matches nothing where x is float32 already, but the dtype of every
                             intermediate must be what the pattern computes on tensors of x's dtype
     x * scale               also x / (1 / scale), or nothing (scale 1); dropout also nothing (p 0)
-    w.t(), ~mask, k.mT      on a bare argument: also anything else, the argument is then its transpose or complement
+    w.t(), ~mask, k.mT      on a bare argument: also anything else, of which it is the transpose or complement
     shapes                  every intermediate has the shape the pattern gives it
     no escape               only the pattern's outputs are read from outside
     one region              no grad-mode, autocast or in-place boundary inside
@@ -61,13 +61,13 @@ class Rule:
     """A row: where `pattern` is found, `op` computes the same.
 
     op: name in the registry.
-    pattern: a function over arguments of the op, and numbers that `finish` reads; returns what the op returns.
+    pattern: a function over arguments of the op, and numbers that `finish` reads; returns what the op does.
     source: where the spelling is from, for reports and FUSEKIT_DISABLE.
-    shapes: per tensor argument its dimensions, "* K" (* is any number of them), products as "Hkv*G". Words in front:
-        "optional" may be None, "any" has a shape of its own (a mask), "bool" is of that dtype.
+    shapes: per tensor argument its dimensions, "* K" (* is any number of them), products as "Hkv*G". Words in
+        front: "optional" may be None, "any" has a shape of its own (a mask), "bool" is of that dtype.
     fixed: arguments of the op that this spelling implies.
     finish: finish(match) completes or changes match.arguments; returns None, or why the site is refused.
-    also: other functions of the op's arguments that may stand where the pattern makes the ATen call of that name.
+    also: other functions of the op's arguments that may stand where the pattern makes the call of that name.
     """
 
     op: str
@@ -107,7 +107,8 @@ class Match:
 class Miss:
     """The furthest that a match got: `progress` nodes, then `reason` at `node`.
 
-    complete: all of the structure was there, a check failed. anchored: a matmul, norm or softmax is among the nodes.
+    complete: all of the structure was there, a check failed.
+    anchored: a matmul, norm or softmax is among the nodes.
     """
 
     rule: Rule
@@ -139,7 +140,7 @@ _TRACED: dict[Any, fx.Graph] = {}  # rules share the functions in `also`
 
 
 class Pattern:
-    """A traced pattern: its graph, its letters and their sizes, and the magic numbers that stand for captures."""
+    """A traced pattern: its nodes, its letters and their sizes, the magic numbers that stand for captures."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -201,7 +202,7 @@ class Pattern:
         return frozenset(names)
 
     def find(self, root: fx.Node) -> Match | Miss | None:
-        """The match that ends at `root`, else the nearest miss, else None when even the root is another op."""
+        """The match that ends at `root`, else the nearest miss, else None: even the root is another op."""
         search = _Search(self, root)
         for state in search.node(self.outputs[0], root, _State({}, {}, {}, {})):
             reason = search.check(state)
@@ -341,14 +342,15 @@ class _Search:
         low = value_of(first.args[0] if isinstance(first, New) else first).dtype
         for p, node in (*state.nodes.items(), *state.skipped.items()):
             ours, theirs = value_of(p), value_of(node)
-            name = self.pattern.spelled[p].name
-            allowed = {low if ours.dtype == LOW else ours.dtype} | (
-                {low, torch.float32} if name == "softmax" else set()
-            )
-            # A cast left out does no harm by itself: what reads it is checked, and promotes as the cast would.
-            if theirs.dtype not in allowed and p not in state.skipped:
-                expected = str(low if ours.dtype == LOW else ours.dtype).removeprefix("torch.")
-                return f"{name} is computed in {str(theirs.dtype).removeprefix('torch.')}, not {expected}"
+            wanted = self.pattern.spelled[p]
+            if self.is_shared(wanted):
+                continue  # its argument is checked, or may have a shape of its own
+            name = wanted.name
+            expected = low if ours.dtype == LOW else ours.dtype
+            fits = theirs.dtype == expected or (name == "softmax" and theirs.dtype in (low, torch.float32))
+            # A cast left out does no harm itself: what reads it is checked, and promotes as the cast would.
+            if not fits and p not in state.skipped:
+                return f"{name} is computed in {_named(theirs.dtype)}, not {_named(expected)}"
             if not self.shape_fits(ours.shape, theirs.shape, sizes):
                 return f"{name} has shape {tuple(theirs.shape)}, which the pattern does not give it"
         return None
@@ -449,6 +451,10 @@ def _unify(operand: _Operand, value: Any, sizes: dict[str, Any]) -> str | None:
 
 def _equal(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_number(value: Any) -> bool:

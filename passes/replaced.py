@@ -1,4 +1,4 @@
-"""The nodes a fusion replaced, as a graph of their own: what `verify` compares with and a revert puts back."""
+"""The nodes a fusion replaced, as a graph of their own: `verify` compares with it, a revert puts it back."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class _Builder:
         return placeholder
 
     def size_of_argument(self, node: fx.Node) -> fx.Node | None:
-        """A symbolic size, read off an argument that has it: the walk need not reach where the graph read it."""
+        """A symbolic size, read off an argument that has it: the walk need not find its origin."""
         size = value_of(node)
         if not isinstance(size, torch.SymInt):
             return None

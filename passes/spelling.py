@@ -1,7 +1,8 @@
 """One name and one argument list per meaning, read off a node without changing it.
 
-`x ** 2`, `x.square()` and `x * x` are different ATen calls with one meaning; matcher and mask reader ask `spell` and
-see ("pow", (x, 2)). The graph keeps what the user wrote, so a node no rule takes runs exactly as before.
+`x ** 2`, `x.square()` and `x * x` are different ATen calls with one meaning; matcher and mask reader ask
+`spell` and see ("pow", (x, 2)). The graph keeps what the user wrote, so a node no rule takes runs exactly as
+before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The mask reader against the mask itself: whatever it says, causal and rest put together are the dense mask."""
+"""The mask reader against the mask itself: causal and rest, put together, are the dense mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from fusekit.passes.normalise import normalise_graph
 INF = float("inf")
 
 
-def _traced(build: Callable[..., Tensor], *inputs: Tensor, mode: str = "fake") -> tuple[fx.GraphModule, fx.Node]:
+def _traced(
+    build: Callable[..., Tensor], *inputs: Tensor, mode: str = "fake"
+) -> tuple[fx.GraphModule, fx.Node]:
     graph = make_fx(build, pre_dispatch=True, tracing_mode=mode)(*inputs)
     normalise_graph(graph)
     return graph, graph.graph.output_node().args[0]
@@ -72,7 +74,8 @@ def _positions(draw: Any, length: int, query: bool) -> Callable[[Tensor], Tensor
 @st.composite
 def _mask(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
     """A random boolean mask of (2, 1, rows, columns) or something that broadcasts to it."""
-    kind = draw(st.sampled_from(["compare", "compare", "triangle", "padding", "and", "not", "window", "equal"]))
+    kinds = ["compare", "compare", "triangle", "padding", "and", "not", "window", "equal"]
+    kind = draw(st.sampled_from(kinds))
     if kind == "compare":
         q, k = draw(_positions(rows, True)), draw(_positions(columns, False))
         compare = draw(st.sampled_from([torch.le, torch.lt, torch.ge, torch.gt]))
@@ -104,8 +107,9 @@ def _mask(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
         style = draw(st.sampled_from([torch.logical_not, lambda m: ~m, lambda m: m.int() == 0]))
         return lambda pad: style(inner(pad))
     other = draw(_mask(rows, columns))
-    join = draw(st.sampled_from([torch.logical_and, torch.logical_or, lambda a, b: a & b, lambda a, b: a ^ b]))
-    shaped = draw(st.sampled_from([lambda m: m, lambda m: m.new_ones((), dtype=torch.bool) & m, lambda m: m.clone()]))
+    joins = [torch.logical_and, torch.logical_or, lambda a, b: a & b, lambda a, b: a ^ b]
+    shapes = [lambda m: m, lambda m: m.new_ones((), dtype=torch.bool) & m, lambda m: m.clone()]
+    join, shaped = draw(st.sampled_from(joins)), draw(st.sampled_from(shapes))
     return lambda pad: shaped(join(inner(pad), other(pad)))
 
 
@@ -119,7 +123,7 @@ def test_what_is_recovered_is_the_mask(data: Any) -> None:
 
 
 def _hugging_face(pad: Tensor) -> Tensor:
-    """What transformers builds when it may not look at data: gathers, a packed-sequence test, `new_ones &`."""
+    """What transformers builds when it may not look at data: gathers, a packing test, `new_ones &`."""
     positions = torch.arange(5).unsqueeze(0).expand(2, -1)
     first = positions[:, :1] - 1
     packed = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)
@@ -167,7 +171,7 @@ NEARLY: dict[str, Callable[[Tensor], Tensor]] = {
     "past keys": lambda pad: torch.arange(7)[None, :] <= torch.arange(2, 7)[:, None],
     "anticausal": lambda pad: torch.arange(5)[None, :] >= torch.arange(5)[:, None],
     "every other": lambda pad: torch.arange(0, 10, 2)[None, :] <= torch.arange(5)[:, None],
-    "one query position for all": lambda pad: (torch.arange(5)[None, :] <= torch.arange(5)[3:4, None]).expand(5, 5),
+    "one query position for all": lambda pad: (torch.arange(5) <= torch.arange(5)[3:4, None]).expand(5, 5),
     "flipped": lambda pad: (torch.arange(5)[None, :] <= torch.arange(5)[:, None]).flip(-1),
     "positions from data": lambda pad: pad.cumsum(-1)[:, None, None, :] <= pad.cumsum(-1)[:, None, :, None],
     "of floats": lambda pad: torch.arange(5.0)[None, :] * 0.5 <= torch.arange(5.0)[:, None],

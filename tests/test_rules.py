@@ -1,108 +1,23 @@
-"""Rules on the spellings they are for: how many sites, the same results and gradients, the ops before and after.
-
-Hugging Face models come from tiny configurations with random weights.
-"""
+"""Rules on the spellings they are for: how many sites, the same results and gradients, the ops left over."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rule_checks import Functional, calls, capture, check, reasons, sites
 from torch import Tensor, nn
 
 from fusekit.kernels import OPS
-from fusekit.passes import _compat
-from fusekit.passes.canonicalise import bodies, canonicalise, copy_graph
+from fusekit.passes.canonicalise import canonicalise, copy_graph
 from fusekit.passes.config import Config
 from fusekit.passes.fuse import fuse
-from fusekit.passes.invariants import Snapshot
 from fusekit.passes.normalise import normalise
 from fusekit.passes.region import Region, Settings
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-
-
-def capture(model: Any, *args: Any, dynamic: bool | None = None, **kwargs: Any) -> tuple[Any, list[Region]]:
-    """Run a model once with its graph captured, normalised and fused; the result and the regions."""
-    regions = []
-    config = kwargs.pop("config", Config())
-    settings = kwargs.pop("settings", Settings())
-
-    def backend(module: Any, example_inputs: Any) -> Any:
-        region = Region(
-            module=copy_graph(canonicalise(module, example_inputs)), settings=settings, config=config
-        )
-        before = Snapshot(region)
-        normalise(region)
-        before.check(region, after="normalise")
-        fuse(region)
-        before.check(region, after="fuse")
-        regions.append(region)
-        return region.module.forward
-
-    with _compat.dynamo_settings():
-        result = torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
-    return result, regions
-
-
-def sites(regions: list[Region]) -> Counter[str]:
-    return Counter(f.op for r in regions for f in r.fusions)
-
-
-def reasons(regions: list[Region]) -> str:
-    return "\n".join(f"{r.op}: {r.reason}" for region in regions for r in region.refusals)
-
-
-def calls(regions: list[Region], name: str) -> int:
-    """How many calls of an ATen op are left."""
-    nodes = (n for r in regions for body in bodies(r.module) for n in body.graph.nodes)
-    return sum(str(n.target).removeprefix("aten.").split(".")[0] == name for n in nodes)
-
-
-def _tensor(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
-    return (
-        result[0] if isinstance(result, tuple) else next(v for v in result.values() if isinstance(v, Tensor))
-    )
-
-
-def check(model: nn.Module, *args: Any, tolerance: float = 1e-5, **kwargs: Any) -> list[Region]:
-    """Capture a copy of the model, compare its result and every gradient with eager's."""
-    model.zero_grad()
-    twin = copy.deepcopy(model)
-    expected = _tensor(model(*args, **_without_options(kwargs)))
-    result, regions = capture(twin, *args, **kwargs)
-    result = _tensor(result)
-    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
-    direction = torch.randn_like(expected)
-    expected.backward(direction)
-    result.backward(direction)
-    largest = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
-    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        if a.grad is not None:
-            torch.testing.assert_close(
-                b.grad, a.grad, rtol=20 * tolerance, atol=float(largest) * tolerance, msg=name
-            )
-    for region in regions:
-        for fusion in region.fusions:
-            assert fusion.eager is not None and fusion.flops > 0
-    return regions
-
-
-def _without_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if k not in ("config", "settings", "dynamic")}
 
 
 class Act(nn.Module):
@@ -143,18 +58,6 @@ def test_every_activation_after_a_linear(name: str, number: int) -> None:
         (node,) = (n for n in regions[0].module.graph.nodes if "fusion" in n.meta)
         assert node.args[4] == name
         assert [n for n in regions[0].module.graph.nodes if n.op == "call_function"] == [node]
-
-
-class Functional(nn.Module):
-    """Parameters, and a plain function of them and the input."""
-
-    def __init__(self, function: Callable[..., Any], *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.function = function
-        self.parameters_ = nn.ParameterList([nn.Parameter(torch.randn(s) * 0.5) for s in shapes])
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, *self.parameters_)
 
 
 LINEARS = {
@@ -289,48 +192,6 @@ def test_what_must_not_fuse_is_left_and_named(case: str) -> None:
         assert sum(sites(regions).values()) <= 1
 
 
-HF: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
-    "GPT2": ("GPT2LMHeadModel", {}, {"add_layer_norm": 5, "linear_act": 2}),
-    "Llama": ("LlamaForCausalLM", {}, {"add_rms_norm": 5, "linear_act": 2}),
-    "Bert": ("BertForMaskedLM", {}, {"add_layer_norm": 6, "linear_act": 3}),
-    "T5": ("T5ForConditionalGeneration", {}, {"add_rms_norm": 12, "linear_act": 4}),
-    "Qwen3": ("Qwen3ForCausalLM", {}, {"add_rms_norm": 9, "linear_act": 2}),
-    "Gemma2": ("Gemma2ForCausalLM", {"attn_implementation": "eager"}, {"add_rms_norm": 9, "linear_act": 2}),
-    "CLIPText": ("CLIPTextModel", {}, {"add_layer_norm": 5, "linear_act": 2}),
-    "ViT": ("ViTModel", {}, {"add_layer_norm": 5, "linear_act": 3}),
-}
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0,
-             "attn_pdrop": 0, "bos_token_id": 1, "eos_token_id": 2},
-    "T5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0},
-    "ViT": {**SMALL, "image_size": 16, "patch_size": 8},
-    "Bert": {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "CLIPText": {**SMALL, "bos_token_id": 1, "eos_token_id": 2},
-}  # fmt: skip
-
-
-def hugging_face(name: str, **extra: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    transformers = pytest.importorskip("transformers")
-    shape = CONFIGS.get(name, {**SMALL, "num_key_value_heads": 2, "head_dim": 8})
-    vocabulary = {} if name == "ViT" else {"vocab_size": 96}
-    config = getattr(transformers, f"{name}Config")(**shape, **vocabulary, **HF[name][1], **extra)
-    config.use_cache = False
-    model = getattr(transformers, HF[name][0])(config)
-    if name == "ViT":
-        return model, {"pixel_values": torch.randn(2, 3, 16, 16)}
-    inputs = {"input_ids": torch.randint(3, 96, (2, 12))}
-    return model, inputs | ({"decoder_input_ids": torch.randint(3, 96, (2, 7))} if name == "T5" else {})
-
-
-@pytest.mark.parametrize("name", HF)
-def test_hugging_face_models(name: str) -> None:
-    model, inputs = hugging_face(name)
-    found = sites(check(model, **inputs, tolerance=2e-5))
-    for op, count in HF[name][2].items():
-        assert found[op] == count, found
-
-
 def test_varying_sizes_match_alike() -> None:
     regions = check(Act(nn.GELU(), residual=True), torch.randn(2, 3, 8), dynamic=True)
     assert sites(regions) == {"linear_act": 1}
@@ -390,5 +251,5 @@ def test_the_replaced_nodes_compute_the_same_alone() -> None:
         values = {n: torch.randn(n.meta["val"].shape) for n in node.meta["fusion_inputs"]}
         tensors = [values[n] for n in node.meta["fusion_inputs"]]
         assert fusion.inputs == (None,) * len(tensors) and fusion.location
-        arguments = [values[a] if a in values else a for a in node.args]
+        arguments = [values.get(a, a) for a in node.args]
         torch.testing.assert_close(OPS[fusion.op].fused(*arguments), fusion.eager(*tensors))

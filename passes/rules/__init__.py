@@ -3,4 +3,5 @@
 from fusekit.passes.pattern import Rule
 from fusekit.passes.rules import attention, linear, norm
 
-RULES: list[Rule] = [*attention.RULES, *norm.RULES, *linear.RULES]  # of equal size, the earlier row goes first
+# Of equal size, the earlier row goes first: a sum joins the norm after it before the linear ahead of it.
+RULES: list[Rule] = [*attention.RULES, *norm.RULES, *linear.RULES]

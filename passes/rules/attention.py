@@ -2,8 +2,8 @@
 
     softmax(q k^T * scale + mask) v,   dropout on the probabilities
 
-A pattern finds the chain; `finish` then reads what the chain leaves open: heads repeated for grouped-query attention
-are unfolded, the mask is taken apart (passes/masks.py), active dropout gets the graph's seed.
+A pattern finds the chain; `finish` then reads what the chain leaves open: heads repeated for grouped-query
+attention are unfolded, the mask is taken apart (passes/masks.py), active dropout gets the graph's seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusekit.passes.masks import CAUSAL, TRUE, predicate, recover, recover_additive
+from fusekit.passes.masks import CAUSAL, predicate, recover, recover_additive
 from fusekit.passes.pattern import SEED, Match, New, Rule
 from fusekit.passes.spelling import spell, value_of
 
@@ -77,7 +77,7 @@ def _take_boolean(match: Match) -> str | None:
         node = mask
     causal, rest = found
     if fill != -math.inf and rest is not None:
-        return f"masked with {fill:g}, not -inf, by a mask that may forbid a whole row: eager shares it out evenly"
+        return f"masked with {fill:g}, not -inf: where a whole row is forbidden, eager shares it out evenly"
     if fill > LOWEST:
         return f"masked with {fill:g}, which a score can come near to"
     match.arguments["causal"], match.arguments["mask"] = causal or bool(match.arguments.get("causal")), rest
@@ -176,7 +176,7 @@ def scaled_query(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def attend(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Softmax in float32 or not, cast back or not: in low precision all of these are the op's own rounding."""
+    """Softmax in float32 or not, cast back or not: in low precision all this is the op's own rounding."""
     probabilities = torch.softmax(scores.to(torch.float32), -1).to(v.dtype)
     return F.dropout(probabilities, dropout, True) @ v
 

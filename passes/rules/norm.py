@@ -2,7 +2,7 @@
 
     h = x + residual;  y = norm(h)
 
-h is an output of the op, because a pre-norm block reads it again. Every spelling comes with the sum and without.
+h is an output of the op, because a pre-norm block reads it again. Every spelling has both rows.
 """
 
 from __future__ import annotations
