@@ -163,7 +163,7 @@ class Pattern:
         if graph is None:
             graph = _TRACED[key] = self._trace(function)
         self.spelled |= {n: spell(n) for n in graph.nodes if n.op == "call_function"}
-        result = graph.output_node().args[0]
+        result: Any = graph.output_node().args[0]
         return tuple(result) if isinstance(result, (list, tuple)) else (result,)
 
     def _trace(self, function: Callable[..., Any]) -> fx.Graph:
