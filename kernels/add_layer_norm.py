@@ -14,6 +14,7 @@ Shape suffixes: M rows (tokens), N columns (features), P programs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -214,7 +215,7 @@ def _native_sums(
 def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    M = x.shape[:-1].numel()
+    M = math.prod(x.shape[:-1])
     return y, h, x.new_empty(M, dtype=torch.float32), x.new_empty(M, dtype=torch.float32)
 
 

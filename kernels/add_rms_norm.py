@@ -14,6 +14,7 @@ Shape suffixes: M rows (tokens), N columns (features), P programs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,7 +197,7 @@ def _backward_native(
 def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    return y, h, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return y, h, x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 def _grads(h: Tensor, weight: Tensor | None, needed: list[bool]) -> tuple[Tensor, Tensor]:

@@ -153,6 +153,7 @@ class Pattern:
         self.magic = {0.1234567 + 0.01 * i: n for i, n in enumerate(n for n in names if n not in rule.shapes)}
         self.spelled: dict[fx.Node, Spelling] = {}
         self.outputs = self._add(rule.pattern)
+        self.own = frozenset(self.spelled)
         self.weight = sum(s.name not in LAYOUT for s in self.spelled.values())
         self.also = {name: [self._add(f)[0] for f in functions] for name, functions in rule.also.items()}
 
@@ -196,7 +197,7 @@ class Pattern:
             node = pending.pop()
             name, args = self.spelled[node]
             names.add(name)
-            pending += self.also.get(name, ())
+            pending += self.also.get(name, ()) if node in self.own else ()
             if name in ("to", "reshape", *NEUTRAL):
                 pending += [a for a in args if a in self.spelled]
         return frozenset(names)
@@ -267,7 +268,8 @@ class _Search:
         """The spellings that leave `p` out, or write it as its inverse."""
         if not isinstance(value, fx.Node):
             return
-        for other in self.pattern.also.get(wanted.name, ()):
+        # Not inside another function itself: one that makes the same call would stand for itself.
+        for other in self.pattern.also.get(wanted.name, ()) if p in self.pattern.own else ():
             for found in self.node(other, value, state):
                 yield found.having(nodes={p: value})
         if wanted.name in ("to", "reshape"):
