@@ -340,15 +340,10 @@ _STRICT = {
 
 
 def _refuse_leftovers(region: Region) -> None:
-    """strict: raise with every matmul, attention and norm that a rule should have taken."""
-    known = {r.op for r in region.refusals}
-    sites = [f"{r.op} at {r.location or 'an unknown line'}: {r.reason}" for r in region.refusals]
+    """strict: every attention and norm that is left is a refusal, also where no rule came near."""
+    known = {(r.op, r.location) for r in region.refusals}
     for module in bodies(region.module):
         for node in module.graph.nodes:
             op = _STRICT.get(spell(node).name)
-            if op is not None and op not in known:
-                sites.append(f"{op} at {location(node) or 'an unknown line'}: no rule fits")
-    if sites:
-        raise ValueError(
-            "strict: left unfused:\n  " + "\n  ".join(sites) + "\nuse strict=False to run them as they are"
-        )
+            if op is not None and (op, location(node)) not in known:
+                region.refuse(op, location(node), "no rule fits")

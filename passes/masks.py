@@ -128,6 +128,7 @@ def _conjuncts(node: fx.Node) -> list[fx.Node]:
 def _additive_predicate(node: fx.Node, lowest: float) -> Predicate | None:
     name, args = spell(node)
     index = _aligned(node, _variables(value_of(node).dim()))
+    allowed: Value
     if name in ("to", "clone", "contiguous"):
         return _additive_predicate(args[0], lowest) if _keeps_infinity(node) else None
     if name == "masked_fill" and _is_low(args[2], lowest) and _constant(args[0]) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -234,10 +235,15 @@ def _canonical(model: nn.Module, x: Tensor) -> Any:
     return graphs[0]
 
 
-def test_strict_names_what_stays() -> None:
-    model = Functional(lambda x, w, b: F.layer_norm(x * w.sum(), (3, 8)), (8, 8), (8,))
-    with pytest.raises(Exception, match="strict: left unfused"):
-        capture(model, torch.randn(2, 3, 8), settings=Settings(strict=True))
+def test_strict_refuses_what_no_rule_came_near() -> None:
+    model = Functional(lambda x, w, b: F.layer_norm(x * w.sum(), (8,)), (8, 8), (8,))
+    only_linears = Settings(fuse=frozenset({"linear_act"}))
+    for settings, refused in (
+        (only_linears, ""),
+        (replace(only_linears, strict=True), "add_layer_norm: no rule fits"),
+    ):
+        _, regions = capture(model, torch.randn(2, 3, 8), settings=settings)
+        assert reasons(regions) == refused
 
 
 def test_the_replaced_nodes_compute_the_same_alone() -> None:
