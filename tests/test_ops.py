@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import op_checks as checks
-import pytest
 import torch
 from op_checks import every_dtype, every_op, small_samples, tensors
 from torch.utils.checkpoint import checkpoint
@@ -150,5 +150,5 @@ def test_reference_keeps_float64(op: Op, device: str) -> None:
 
 @every_op
 def test_op_has_a_rule(op: Op) -> None:
-    rules = pytest.importorskip("fusekit.passes.rules").RULES
-    assert any(rule.op is op for rule in rules)
+    rules = importlib.import_module("fusekit.passes.rules").RULES
+    assert any(OPS[rule.op] is op for rule in rules)
