@@ -205,7 +205,7 @@ def _same_as(node: fx.Node, mutated: set[fx.Node]) -> fx.Node | None:
     if not isinstance(source, fx.Node) or not same_meta(value_of(source), value_of(node)):
         return None
     if name in _DROPPED_WHEN_EQUAL:
-        kept = name == "dropout" and len(node.args) == 3 and node.args[1] != 0 and node.args[2]
+        kept = name == "dropout" and len(node.args) == 3 and node.args[1] != 0 and bool(node.args[2])
         kept |= name == "contiguous" and not value_of(source).is_contiguous()
         kept |= name == "to" and _asks_copy(node)
         kept |= name == "to" and value_of(source).stride() != value_of(node).stride()
@@ -226,7 +226,7 @@ def _asks_copy(node: fx.Node) -> bool:
 
 
 def _cat_of_one(node: fx.Node) -> fx.Node | None:
-    tensors = node.args[0]
+    tensors: Any = node.args[0]
     if not isinstance(tensors, (list, tuple)):
         return None
     filled = [t for t in tensors if not _is_empty(value_of(t))]

@@ -81,7 +81,8 @@ def _summed(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]
         h = x + residual
         return norm(h, eps), h
 
-    return {4: with_bias, 3: with_weight, 2: bare}[count]
+    variants: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {4: with_bias, 3: with_weight, 2: bare}
+    return variants[count]
 
 
 def _alone(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
