@@ -68,8 +68,9 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Streaming multiprocessors of x's GPU; an H100's 132 where launches are only recorded."""
-    return 132 if recording() else _multiprocessors(x.device.index or 0)
+    """Streaming multiprocessors of x's GPU; an H100's 132 where launches are recorded or run on a CPU."""
+    present = torch.cuda.is_available() and not recording()
+    return _multiprocessors(x.device.index or 0) if present else 132
 
 
 @triton.jit
