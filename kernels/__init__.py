@@ -11,8 +11,8 @@ if __name__ == "fusekit.kernels":
         "linear_act": linear_act.OP,
     }
 else:
-    # Python started in a checkout finds this folder under the name of a Hugging Face package, which transformers
-    # probes for at import. The probe must come back with "nothing usable"; anything more is refused.
+    # Python started in a checkout finds this folder under the name of a Hugging Face package, for which
+    # transformers probes. The probe must come back with "nothing usable"; anything more is refused.
     __version__ = "0"
     __path__: list[str] = []
 

@@ -310,9 +310,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     """Small odd ones, strided, with parts absent, empty; then the width of a small GPT and of an 8B Llama."""
     draw = Draw(device, dtype)
 
-    def sample(
-        name: str, x: Tensor, residual: Any, weight: Any, bias: Any, bench: bool = False
-    ) -> Sample:
+    def sample(name: str, x: Tensor, residual: Any, weight: Any, bias: Any, bench: bool = False) -> Sample:
         return Sample(args=(x, residual, weight, bias, 1e-5), name=name, bench=bench)
 
     yield sample("residual", draw(3, 7, 257), draw(3, 7, 257), draw(257, shift=1), draw(257))

@@ -88,8 +88,8 @@ def _autocast_kernel(overload: Any, device: str, key: str, policy: str) -> Calla
 def refuse_double_backward(name: str, *_: Any) -> None:
     """Raise where somebody differentiates through a backward pass; call it first in every Function.backward.
 
-    Gradients are on inside a backward pass only under create_graph=True. Asking whether the incoming ones need
-    a gradient would miss gradient penalties, where what needs one is the saved input.
+    Gradients are on inside a backward pass only under create_graph=True. Asking whether the incoming ones
+    need a gradient would miss gradient penalties, where what needs one is the saved input.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(

@@ -179,7 +179,12 @@ def _forward(
 
 
 def _empty_backward(
-    grad_output: Tensor, x: Tensor | None, weight: Tensor, saved: Tensor | None, act: str, tf32: bool,
+    grad_output: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    saved: Tensor | None,
+    act: str,
+    tf32: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, K = weight.shape
@@ -192,7 +197,12 @@ def _empty_backward(
 
 
 def _backward(
-    grad_output: Tensor, x: Tensor | None, weight: Tensor, saved: Tensor | None, act: str, tf32: bool,
+    grad_output: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    saved: Tensor | None,
+    act: str,
+    tf32: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty_backward(grad_output, x, weight, saved, act, tf32, needs)

@@ -1,9 +1,9 @@
 """FUSEKIT_DEBUG: what the pipeline says on stderr.
 
-    1   a line per fusion and per refusal
-    2   and time, nodes and forward bytes after each pass
-    3   and the graph as Python after each pass
-    4   and for each refusal the rule that came nearest
+1   a line per fusion and per refusal
+2   and time, nodes and forward bytes after each pass
+3   and the graph as Python after each pass
+4   and for each refusal the rule that came nearest
 """
 
 from __future__ import annotations

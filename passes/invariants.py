@@ -83,7 +83,7 @@ def _outputs(module: fx.GraphModule) -> list[str]:
 
 
 def _aliases(module: fx.GraphModule) -> list[str]:
-    """For each output, the first input or output that shares its memory; passes may add inputs, so by name."""
+    """For each output, the first input or output that shares its memory; by name, as passes add inputs."""
     inputs = [(node.name, node.meta.get("val")) for node in module.graph.find_nodes(op="placeholder")]
     outputs = [(f"output {position}", value) for position, value in enumerate(_output_values(module))]
     owners: dict[int, str] = {}

@@ -38,8 +38,8 @@ class Fusion:
     site: stable name in its graph, "linear_act_3"; the same whichever other sites are disabled.
     eager: GraphModule with the signature and the results of the fused node, made of the replaced nodes.
     inputs: one per placeholder of `eager`. The fused node's tensor arguments come first, in order, as None;
-        then the names of the graph inputs that the replaced nodes read beside them. A mask that was recognised
-        as structure is such a case: the fused op does not take it, `eager` computes it as the model did, so
+        then the names of the graph inputs the replaced nodes read beside them. A mask that was recognised as
+        structure is such a case: the fused op does not take it, `eager` computes it as the model did, so
         `verify` compares with the mask the model had and a wrong recognition is caught.
     gains are ratios of eager time to fused time; None until estimated or measured.
     """

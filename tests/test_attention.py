@@ -111,7 +111,6 @@ def test_one_key_gives_its_value_and_empty_lengths_nothing():
             assert all(result.abs().sum() == 0 for result in fused.values())
 
 
-
 def test_dropout_keeps_the_expected_share_and_depends_on_the_site():
     draws = philox.uniform(SEED, 100_000, torch.device("cpu"))
     assert draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 5 / math.sqrt(12 * len(draws))

@@ -86,7 +86,6 @@ def test_one_key_gives_its_value_and_empty_lengths_nothing():
             assert all(result.abs().sum() == 0 for result in fused.values())
 
 
-
 def test_runs_are_bitwise_equal():
     q, k, v = heads(1, 70, 2, 40, torch.bfloat16), *(heads(1, 90, 1, 40, torch.bfloat16) for _ in range(2))
     assert deterministic(OP.fused, (q, k, v, None, True), runs=2)

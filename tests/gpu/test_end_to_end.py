@@ -26,7 +26,7 @@ def _dynamo_in_the_sanitizer() -> None:
 
 
 def _steps(model: nn.Module, tokens: Tensor, count: int) -> list[float]:
-    # SGD: Adam would turn the rounding noise of a gradient that is zero by symmetry (the key bias) into steps.
+    # SGD: Adam would turn the rounding noise of a gradient that is zero by symmetry (the key bias) to steps.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     losses = []
     for _ in range(count):
