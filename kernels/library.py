@@ -85,7 +85,7 @@ def _autocast_kernel(overload: Any, device: str, key: str, policy: str) -> Calla
     return kernel
 
 
-def refuse_double_backward(name: str, *_: Any) -> None:
+def refuse_double_backward(name: str) -> None:
     """Raise where somebody differentiates through a backward pass; call it first in every Function.backward.
 
     Gradients are on inside a backward pass only under create_graph=True. Asking whether the incoming ones
