@@ -39,7 +39,8 @@ def check_model(
                 "the whole model was not compared with float64: it draws random numbers; "
                 "set dropout to 0 or call model.eval() to compare it"
             )
-        truth = _run(wide, *_widen((args, kwargs)), "keep", seed=0)
+        wide_args, wide_kwargs = _widen((args, kwargs))
+        truth = _run(wide, wide_args, wide_kwargs, "keep", seed=0)
     fused = _run(model, args, kwargs, precision, seed=0)
     return tuple(_compare(fused, plain, truth, UNIT[precision])), ""
 
@@ -106,7 +107,7 @@ def _same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor
 def _compare(fused: Any, eager: Any, truth: Any, unit: float) -> Iterator[ModelCheck]:
     value, scale = truth[0], truth[0].abs().clamp_min(1e-30).item()
     errors = [abs(t[0].double() - value).item() / scale for t in (fused, eager)]
-    yield _check("loss or outputs", *errors, unit)
+    yield _check("loss or outputs", errors, unit)
     if missing := set(truth[1]) ^ set(fused[1]):
         yield ModelCheck(
             name=f"gradient of {min(missing)} missing", error=math.inf, eager_error=0.0, limit=0.0, ok=False
@@ -120,14 +121,14 @@ def _compare(fused: Any, eager: Any, truth: Any, unit: float) -> Iterator[ModelC
     checks = [_gradient(name, fused[1][name], eager[1][name], truth[1][name], rms, unit) for name in names]
     yield max(checks, key=lambda c: c.error / c.limit)
     norms = [_norm_of_errors(run[1], truth[1], names) for run in (fused, eager)]
-    yield _check("all gradients", *norms, unit)
+    yield _check("all gradients", norms, unit)
 
 
 def _gradient(name: str, fused: Tensor, eager: Tensor, truth: Tensor, rms: float, unit: float) -> ModelCheck:
     smallest = SMALLEST_SHARE * rms * math.sqrt(truth.numel())
     scale = max(truth.norm().item(), smallest, 1e-300)
     errors = [(t.double() - truth).norm().item() / scale for t in (fused, eager)]
-    return _check(f"worst gradient: {name}", *errors, unit)
+    return _check(f"worst gradient: {name}", errors, unit)
 
 
 def _norm_of_errors(grads: dict[str, Tensor], truth: dict[str, Tensor], names: list[str]) -> float:
@@ -136,6 +137,7 @@ def _norm_of_errors(grads: dict[str, Tensor], truth: dict[str, Tensor], names: l
     return math.sqrt(squares / max(whole, 1e-300))
 
 
-def _check(name: str, error: float, eager_error: float, unit: float) -> ModelCheck:
+def _check(name: str, errors: list[float], unit: float) -> ModelCheck:
+    error, eager_error = errors
     limit = NOISE * max(eager_error, unit)
     return ModelCheck(name=name, error=error, eager_error=eager_error, limit=limit, ok=error <= limit)

@@ -14,7 +14,7 @@ else:
     # Python started in a checkout finds this folder under the name of a Hugging Face package, for which
     # transformers probes. The probe must come back with "nothing usable"; anything more is refused.
     __version__ = "0"
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(name: str) -> object:
         raise AttributeError(

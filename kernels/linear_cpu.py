@@ -92,7 +92,7 @@ def _forward_widened(
 
 
 def _activate(z: Tensor, residual: Tensor | None, act: str, y: Tensor) -> None:
-    for rows in _row_blocks(*y.shape, PASS_BYTES):
+    for rows in _row_blocks(y.shape[0], y.shape[1], PASS_BYTES):
         _finish(z[rows], None if residual is None else residual[rows], act, y[rows])
 
 
@@ -191,7 +191,7 @@ def _dact(grad: Tensor, saved: Tensor | None, act: str, grad_bias: Tensor | None
     in_place = saved is not None and dz.dtype == torch.float32
     total = torch.zeros(grad.shape[1]) if grad_bias is not None else None
     if saved is not None or total is not None:
-        for rows in _row_blocks(*grad.shape, PASS_BYTES):
+        for rows in _row_blocks(grad.shape[0], grad.shape[1], PASS_BYTES):
             read = None if saved is None else saved[rows]
             wide = _widened_dact(grad[rows], read, act, dz[rows] if in_place else None)
             if saved is not None and not in_place:

@@ -35,7 +35,7 @@ class Op:
         floors; "grad" where that is true of the gradients only.
     """
 
-    fused: Callable[..., Any]
+    fused: Any
     reference: Callable[..., Any]
     samples: Callable[[torch.device | str, torch.dtype], Iterable[Sample]]
     supports: Callable[..., str | None]

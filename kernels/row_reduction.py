@@ -9,7 +9,7 @@ Shape suffixes: M rows, N columns, P programs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ def _reduce_kernel(
         tl.store(second_out_ptr + column, total.to(second_out_ptr.dtype.element_ty), mask=column < N)
 
 
-def reduce_partials(partials: tuple[Tensor | None, Tensor | None], outs: tuple[Any, Any]) -> None:
+def reduce_partials(partials: Sequence[Tensor | None], outs: Sequence[Any]) -> None:
     """Add up float32 partials (P, N) over P into outs (N,), both in one launch; None is skipped."""
     present = next((p for p in partials if p is not None), None)
     if present is None:

@@ -63,6 +63,7 @@ def _finish(match: Match) -> str | None:
 def _take_boolean(match: Match) -> str | None:
     fill = match.arguments.get("fill", -math.inf)
     mask, node = match.arguments["mask"], None
+    found: tuple[bool, Any]
     if isinstance(mask, New):  # the complement of what the model has
         forbidden = predicate(mask.args[0])
         allowed = forbidden.opposite() if forbidden is not None else None
