@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from fusekit.kernels import OPS
 from fusekit.kernels.op import Op
 from fusekit.passes.canonicalise import bodies, location
-from fusekit.passes.normalise import is_mutation, is_view, same_meta, same_shape
+from fusekit.passes.normalise import is_mutation, is_view, memory, same_meta, same_shape, writes
 from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, New, Rule
 from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
@@ -44,6 +44,7 @@ class _Fuser:
         self.region, self.module, self.graph, self.sites = region, module, module.graph, sites
         self.gone: set[fx.Node] = set()
         self.misses: dict[tuple[str, fx.Node], Miss] = {}
+        self.writes = writes(self.graph)
         self.seed: fx.Node | None = None
         self.seeded = 0
 
@@ -96,6 +97,8 @@ class _Fuser:
         before = _insertion_point(match)
         if any(not node < before for node in _operands(match.arguments)):
             return "an argument is computed only after the sum is read"
+        if reason := self.overwritten(match, before):
+            return reason
         if match.arguments.get("seed") is SEED:
             match.arguments["seed_offset"] = self.seeded
         arguments = _in_order(op, match.arguments)
@@ -117,6 +120,15 @@ class _Fuser:
             self.gone.update(
                 match.nodes
             )  # what it would have replaced stays whole, and other sites keep their names
+        return None
+
+    def overwritten(self, match: Match, before: fx.Node) -> str | None:
+        """Why an argument is no longer what was read: the match looks through a copy of it, as `~mask`."""
+        read = {source for node in match.nodes for source in node.all_input_nodes}
+        for node in set(_operands(match.arguments)) - read:
+            written = self.writes.get(memory(value_of(node)), ())
+            if any(min(node.users) < write < before for write in written):
+                return f"{node.name} is written to in place between its reader and this site"
         return None
 
     def describe(
@@ -282,9 +294,12 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _layout_shows(node: fx.Node) -> bool:
-    """Whether the strides reach a graph output or an op that reads memory directly."""
+    """Whether the strides reach a graph output or an op that reads or writes memory directly.
+
+    A write counts: whether the reshape it goes through is a view or a copy hangs on the strides.
+    """
     for user in node.users:
-        if user.op == "output" or user.target in _READ_MEMORY:
+        if user.op == "output" or user.target in _READ_MEMORY or is_mutation(user):
             return True
         if is_view(user) and _layout_shows(user):
             return True

@@ -79,6 +79,8 @@ class Mask(NamedTuple):
 def recover(mask: fx.Node) -> Mask:
     """Take a boolean mask (True may attend; its last two dimensions are query and key) apart."""
     parts = [(part, predicate(part)) for part in _conjuncts(mask)]
+    if any(_is_written(part) for part, _ in parts):  # it may hold something else by now
+        return Mask(False, mask)
     causal = any(p == CAUSAL for _, p in parts)
     rest = [part for part, p in parts if p is None or p not in (CAUSAL, TRUE)]
     if not rest:
@@ -120,12 +122,22 @@ def _simplified(found: Predicate) -> Predicate | None:
 
 def _conjuncts(node: fx.Node) -> list[fx.Node]:
     name, args = spell(node)
-    if name == "and" and all(isinstance(a, fx.Node) and value_of(a).dtype == torch.bool for a in args):
+    if name != "and" or _is_written(node):
+        return [node]
+    if all(isinstance(a, fx.Node) and value_of(a).dtype == torch.bool for a in args):
         return [part for a in args for part in _conjuncts(a)]
     return [node]
 
 
+def _is_written(node: fx.Node) -> bool:
+    """Whether something writes to the tensor in place, as `mask[:, :prefix] = True`: then the call that made
+    it does not say what it holds."""
+    return bool(node.meta.get("written"))
+
+
 def _additive_predicate(node: fx.Node, lowest: float) -> Predicate | None:
+    if _is_written(node):
+        return None
     name, args = spell(node)
     index = _aligned(node, _variables(value_of(node).dim()))
     allowed: Value
@@ -155,7 +167,7 @@ def _constant(value: Any) -> float | None:
     """The number that fills a tensor, or a number itself."""
     if isinstance(value, (int, float)):
         return value
-    if not isinstance(value, fx.Node):
+    if not isinstance(value, fx.Node) or _is_written(value):
         return None
     name, args = spell(value)
     if name in ("zeros", "zeros_like", "new_zeros"):
@@ -187,7 +199,7 @@ def _value(node: Any, index: Index) -> Value:
         return TRUE if node else None
     if isinstance(node, int):
         return Affine(node)
-    if not isinstance(node, fx.Node) or not isinstance(value_of(node), Tensor):
+    if not isinstance(node, fx.Node) or not isinstance(value_of(node), Tensor) or _is_written(node):
         return None
     name, args = spell(node)
     reader = _READERS.get(name)

@@ -46,14 +46,16 @@ def normalise_graph(module: fx.GraphModule) -> None:
     graph = module.graph
     for node in list(graph.nodes):
         _functional_if_private(node)
-    mutated = _mutated_storages(graph)
+    written = writes(graph)
+    for node in list(graph.nodes):
+        node.meta["written"] = memory(value_of(node)) in written
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is aten.view.default:
             node.target = aten.reshape.default
         _count_dims_from_the_end(node)
-        same = _same_as(node, mutated)
+        same = _same_as(node)
         if same is not None:
             _forward_uses(node, same)
     _number_regions(graph)
@@ -141,30 +143,29 @@ def same_shape(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
-def _mutated_storages(graph: fx.Graph) -> set[fx.Node]:
-    """Roots of the tensors that something writes in place."""
-    written: set[fx.Node] = set()
+def memory(value: Any) -> int | None:
+    """What names the memory behind a fake tensor; views of one tensor share it. None for anything else."""
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def writes(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
+    """The nodes that write in place, by the memory they write to."""
+    found: dict[int | None, list[fx.Node]] = {}
     for node in graph.nodes:
-        if is_mutation(node):
-            schema = schema_of(node)
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written.update(_root(n) for n in _nodes_in(value))
-    return written
+        if not is_mutation(node):
+            continue
+        for position, argument in enumerate(schema_of(node).arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                for target in _nodes_in(given):
+                    found.setdefault(memory(value_of(target)), []).append(node)
+    return found
 
 
 def _nodes_in(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     return found
-
-
-def _root(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        if not (is_view(node) or is_mutation(node)):
-            break
-        node = node.args[0]
-    return node
 
 
 def _count_dims_from_the_end(node: fx.Node) -> None:
@@ -193,7 +194,7 @@ def _count_dims_from_the_end(node: fx.Node) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
-def _same_as(node: fx.Node, mutated: set[fx.Node]) -> fx.Node | None:
+def _same_as(node: fx.Node) -> fx.Node | None:
     """The node whose value this one repeats, or None."""
     schema = schema_of(node)
     if schema is None or schema.is_mutable or not node.args:
@@ -212,11 +213,19 @@ def _same_as(node: fx.Node, mutated: set[fx.Node]) -> fx.Node | None:
         return None if kept else source
     if name in ("mul", "add", "div", "sub") and isinstance(node.args[1], (int, float)):
         neutral = 1 if name in ("mul", "div") else 0
-        fresh = _root(source) not in mutated and node not in mutated
-        plain = len(node.args) == 2 and not node.kwargs
-        if plain and node.args[1] == neutral and not isinstance(node.args[1], bool) and fresh:
+        plain = len(node.args) == 2 and not node.kwargs and not isinstance(node.args[1], bool)
+        if plain and node.args[1] == neutral and not _needs_own_memory(node, source):
             return source
     return None
+
+
+def _needs_own_memory(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a copy of `source` would be missed: one of the two is written to, or the copy is handed out."""
+    return bool(node.meta["written"] or source.meta["written"] or _is_handed_out(node))
+
+
+def _is_handed_out(node: fx.Node) -> bool:
+    return any(user.op == "output" or (is_view(user) and _is_handed_out(user)) for user in node.users)
 
 
 def _asks_copy(node: fx.Node) -> bool:
@@ -230,9 +239,9 @@ def _cat_of_one(node: fx.Node) -> fx.Node | None:
     if not isinstance(tensors, (list, tuple)):
         return None
     filled = [t for t in tensors if not _is_empty(value_of(t))]
-    if len(filled) == 1 and len(tensors) > 1 and same_meta(value_of(filled[0]), value_of(node)):
-        return filled[0]
-    return None
+    if len(filled) != 1 or len(tensors) == 1 or not same_meta(value_of(filled[0]), value_of(node)):
+        return None
+    return None if _needs_own_memory(node, filled[0]) else filled[0]
 
 
 def _is_empty(tensor: Any) -> bool:
