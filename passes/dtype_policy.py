@@ -53,6 +53,12 @@ _MOVE = {
 
 _CAST = {aten.to, aten._to_copy, aten.type_as}
 
+# Views of the bits: a pair of bfloat16 is no complex number, and other bits are other integers.
+_BITS = {aten.view.dtype, aten.view_as_complex.default}
+
+_MASKING = {aten.add, aten.sub, aten.where}
+_SOFTMAX = {aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax}
+
 # Reductions that take the dtype they accumulate in: told so, they read the low tensor and no copy of it is
 # made.
 _OWN_DTYPE = {aten.cumsum, aten.log_softmax, aten.mean, aten.prod, aten.softmax, aten.sum}
@@ -72,7 +78,7 @@ def policy_of(node: fx.Node, low: torch.dtype) -> Policy:
         return Policy.CAST
     if packet in _LOW:
         return Policy.LOW
-    if overflows(node, low):
+    if overflows(node, low) or node.target in _BITS:
         return Policy.FLOAT32
     if packet in _FLOW:
         return Policy.FLOW
@@ -103,6 +109,33 @@ def _fusekit_policy(name: str) -> Policy:
 def _returns_view(target: torch._ops.OpOverload) -> bool:
     """A cast before an op that returns a view would cut the view off from its base."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
+
+
+def masks_scores(node: fx.Node) -> bool:
+    """Whether this adds or chooses what a softmax reads: finfo(float32).min must not become infinite."""
+    pending, seen = [node], {node}
+    if _packet(node) not in _MASKING:
+        return False
+    while pending:
+        for reader in pending.pop().users:
+            if _packet(reader) in _SOFTMAX:
+                return True
+            if reader not in seen and _packet(reader) in _FLOW | _MOVE:
+                seen.add(reader)
+                pending.append(reader)
+    return False
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def saturate(node: fx.Node, low: torch.dtype) -> None:
+    """Bring literals that the low dtype cannot hold to the ends of its range."""
+    limit = torch.finfo(low).max
+    node.args = tuple(
+        max(-limit, min(limit, a)) if isinstance(a, float) and math.isfinite(a) else a for a in node.args
+    )
 
 
 def overflows(node: fx.Node, low: torch.dtype) -> bool:

@@ -18,7 +18,15 @@ from fusekit.kernels import OPS
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import call_checkpoint
-from fusekit.passes.dtype_policy import Policy, mutates, overflows, policy_of, takes_dtype
+from fusekit.passes.dtype_policy import (
+    Policy,
+    masks_scores,
+    mutates,
+    overflows,
+    policy_of,
+    saturate,
+    takes_dtype,
+)
 from fusekit.passes.propagate import dtype_of, faking, propagate
 
 aten = torch.ops.aten
@@ -156,6 +164,9 @@ class Lowering:
 
     def _meet(self, node: fx.Node) -> None:
         """Elementwise: free inputs follow a low partner; settled ones promote it, as ATen does by itself."""
+        if any(map(self._is_single, node.all_input_nodes)) and masks_scores(node):
+            self._bring_up(node)
+            return
         single = [n for n in node.all_input_nodes if self._is_single(n) and n.meta["val"].dim()]
         lowered = any(self._is_lowered(n) for n in node.all_input_nodes)
         if not lowered or any(n in self.settled for n in single):
@@ -165,9 +176,12 @@ class Lowering:
 
     def _match_destination(self, node: fx.Node, policy: Policy) -> None:
         """In place: the destination keeps its dtype. ATen converts elementwise operands; others are cast."""
+        destination, *others = node.all_input_nodes
+        if self._is_lowered(destination) and overflows(node, self.low):
+            saturate(node, self.low)
+            return
         if policy is Policy.FLOW or not isinstance(node.target, torch._ops.OpOverload):
             return
-        destination, *others = node.all_input_nodes
         wanted = dtype_of(destination)
         for source in others:
             if wanted is not None and (self._is_lowered(source) or self._is_single(source)):

@@ -1,0 +1,101 @@
+"""Numbers the low dtype cannot hold, and views of bits: the lowered model does what the float32 one does."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fusekit
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Scores(nn.Module):
+    """Self-attention with scores treated by `mask`; `lowest` is a buffer that forbids every key."""
+
+    def __init__(self, mask: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.linear, self.mask = nn.Linear(16, 16), mask
+        self.register_buffer("lowest", torch.full((6, 6), LOWEST))
+
+    def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
+        h = self.linear(x)
+        return self.mask(h @ h.mT, allowed, self.lowest).softmax(-1) @ h
+
+
+def _filled_in_place(scores: Tensor, allowed: Tensor, lowest: Tensor) -> Tensor:
+    flat = scores.view(4, -1)
+    scores.masked_fill_(~allowed, -1e9)
+    return flat.view(4, 6, 6)
+
+
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "a buffer is added": lambda scores, allowed, lowest: scores + lowest,
+    "a full tensor is chosen": lambda scores, allowed, lowest: torch.where(
+        allowed, scores, torch.full([], LOWEST)
+    ),
+    "a constant is chosen": lambda scores, allowed, lowest: torch.where(allowed, scores, torch.tensor(-1e9)),
+    "a literal is filled in in place": _filled_in_place,
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_row_without_keys_is_shared_out_as_in_float32(mask: str, precision: str) -> None:
+    torch.manual_seed(0)
+    model = Scores(MASKS[mask])
+    x, allowed = torch.randn(4, 6, 16), torch.rand(4, 6, 6) < 0.5
+    allowed[:, 2] = False
+    expected = model(x, allowed)
+    lowered = fusekit.optimize(copy.deepcopy(model), precision=precision)
+    result = lowered(x, allowed)
+    torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
+    for output in (expected, result):
+        output.square().sum().backward()
+    wanted = model.linear.weight.grad
+    torch.testing.assert_close(
+        lowered.linear.weight.grad, wanted, rtol=0.05, atol=0.03 * wanted.abs().max().item()
+    )
+
+
+class Rotated(nn.Module):
+    """RoPE as Llama's own code writes it: pairs of features as complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.linear(x).float().reshape(4, 6, 8, 2))
+        turns = torch.polar(torch.ones(6, 8), torch.arange(48.0).view(6, 8) / (2 * math.pi))
+        return torch.view_as_real(pairs * turns).flatten(2).type_as(x)
+
+
+class Bits(nn.Module):
+    """The sign read off the highest bit of a float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        return F.relu(h) * (h.view(torch.int32) >= 0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", [Rotated, Bits])
+def test_views_of_bits_see_float32(kind: type[nn.Module], precision: str) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(4, 6, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "left unoptimised" would be one
+        result = fusekit.optimize(copy.deepcopy(model), precision=precision)(x)
+    torch.testing.assert_close(result, model(x), rtol=0.05, atol=0.05)
