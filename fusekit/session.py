@@ -59,9 +59,14 @@ class Session:
             _compat.take_graph_breaks()
         self._listening = self.unsettled = True
 
+    def may_be_worn_out(self) -> bool:
+        """Whether Dynamo may have met its limit of captures: of that it calls nobody back."""
+        return len(self.regions) >= _compat.RECOMPILE_LIMIT
+
     def settle(self) -> None:
         """After a call that compiled: note graph breaks, warn about frames Dynamo gave up, apply `strict`."""
-        breaks, skipped = _compat.take_graph_breaks() if self._listening else ([], [])
+        heard = self._listening or self.may_be_worn_out()
+        breaks, skipped = _compat.take_graph_breaks() if heard else ([], [])
         self._listening = self.unsettled = False
         self.graph_breaks += [text for text in breaks if text not in self.graph_breaks]
         _given_up.update({frame.code: frame for frame in skipped})
@@ -130,7 +135,7 @@ class OptimisedCall:
             output = self._compiled(*args, **kwargs)
         finally:
             current.pop()
-        if self._session.unsettled:
+        if self._session.unsettled or self._session.may_be_worn_out():
             self._session.settle()
         for hook in self._session.after_call:
             hook(self._session, args, kwargs)

@@ -175,6 +175,13 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
     return compile_fx(module, list(inputs))  # type: ignore[return-value]
 
 
+RECOMPILE_LIMIT = 64  # the default of 8 counts over all instances of a class: a ninth MLP would stay eager
+_WORN_OUT = (
+    "it was captured as often as Dynamo allows, and calls with yet other sizes or arguments run eagerly: "
+    "optimize(model, dynamic=True) captures once for all sizes"
+)
+
+
 class Skipped(NamedTuple):
     """A frame that Dynamo gave up: where its code begins, the line that stopped capture, and why."""
 
@@ -192,8 +199,10 @@ def take_graph_breaks() -> tuple[list[str], list[Skipped]]:
     skipped = [
         Skipped(
             code=(m.co_filename, m.co_firstlineno),
-            line=_line(m.fail_user_frame_filename, m.fail_user_frame_lineno),
-            reason=headline(m.fail_reason),
+            line=_line(
+                m.fail_user_frame_filename or m.co_filename, m.fail_user_frame_lineno or m.co_firstlineno
+            ),
+            reason=_WORN_OUT if "limit exceeded" in headline(m.fail_reason) else headline(m.fail_reason),
         )
         for m in _unseen(torch._dynamo.utils.get_compilation_metrics())
         if m.fail_type not in (None, "SkipFrame", "BackendCompilerFailed")  # the backend tells of those
@@ -231,9 +240,6 @@ def ensure_callbacks(start: Callable[[Any], None], end: Callable[[Any], None]) -
 def never_trace(function: Callable[..., Any]) -> None:
     """Have Dynamo run this Python function as it is, wherever it meets it."""
     torch._dynamo.eval_frame.skip_code(function.__code__)
-
-
-RECOMPILE_LIMIT = 64  # the default of 8 counts over all instances of a class: a ninth MLP would stay eager
 
 
 def compile_call(

@@ -204,6 +204,17 @@ def test_graph_breaks_are_listed_with_line_and_cause() -> None:
     assert text.startswith(_line(Breaks)) and "print" in text
 
 
+def test_sizes_beyond_dynamos_limit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusekit.passes._compat.RECOMPILE_LIMIT", 2)
+    model = _optimized(dynamic=False).eval()
+    model(torch.randn(2, 8))
+    model(torch.randn(3, 8))
+    assert not session(model).failures
+    with pytest.warns(UserWarning, match="as often as Dynamo allows.*dynamic=True"):
+        model(torch.randn(4, 8))
+    assert "dynamic=True" in str(fusekit.explain(model))
+
+
 def test_failing_pass_leaves_the_frame_eager_and_names_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(region: Any) -> None:
         raise KeyError("a bug of ours")
