@@ -365,6 +365,9 @@ class _Search:
         nodes = set(state.nodes.values())
         if len({n.meta.get("region") for n in nodes}) > 1:
             return "a grad-mode, autocast or in-place boundary lies inside"
+        for name, value in state.operands.items():
+            if (value.args[0] if isinstance(value, New) else value) in nodes:
+                return f"{name} is computed inside the chain itself"
         outputs = {state.nodes.get(p, state.skipped.get(p)) for p in self.pattern.outputs}
         for node in nodes - outputs:
             for user in node.users:

@@ -136,6 +136,14 @@ REFUSALS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda x, w, b: (lambda y: F.gelu(y) * y.sum())(F.linear(x, w, b)),
         "also read by",
     ),
+    "the linear added to its own activation": (
+        lambda x, w, b: (lambda y: F.gelu(y) + y)(F.linear(x, w, b)),
+        "inside the chain",
+    ),
+    "the linear added to itself": (
+        lambda x, w, b: (lambda y: y + y)(F.linear(x, w, b)),
+        "inside the chain",
+    ),
     "a cast in between": (
         lambda x, w, b: F.gelu(F.linear(x, w, b).half().float()),
         "",
