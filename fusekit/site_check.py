@@ -61,9 +61,12 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
     eager, fused = _Replaced(fusion, args, call.extra), call_target(call.target)
     fused_results = results_and_grads(fused, args)
     eager_results = eager.results(args, like=fused_results)
+    truth, repeated = eager.truth(args), _repeated(call.args)
+    for results in (fused_results, eager_results, truth):
+        _add_up(results, repeated)
     dtype = next(a.dtype for a in args if isinstance(a, Tensor))
     checks = check(
-        {name: fused_results[name] for name in eager_results}, eager_results, eager.truth(args), dtype=dtype,
+        {name: fused_results[name] for name in eager_results}, eager_results, truth, dtype=dtype,
         terms=longest_sum(args), inherent=OPS[fusion.op].inherent, tf32=_is_tf32(names, args),
     )  # fmt: skip
     seconds = _times(lambda: _step(fused, args), lambda: eager.step(args)) if timed else (None, None)
@@ -145,6 +148,21 @@ def _dropout_off(node: fx.Node) -> None:
         if len(node.args) > 4:
             node.args = (*node.args[:4], 0.0, *node.args[5:])
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "dropout_p"}
+
+
+def _repeated(args: tuple[Any, ...]) -> dict[str, str]:
+    """Gradients of one tensor that is two arguments, as in attention(h, h, h): the later by the first."""
+    first: dict[int, int] = {}
+    tensors = ((i, a) for i, a in enumerate(args) if isinstance(a, Tensor))
+    pairs = ((i, first.setdefault(id(a), i)) for i, a in tensors)
+    return {f"grad_{i}": f"grad_{j}" for i, j in pairs if i != j}
+
+
+def _add_up(results: dict[str, Tensor], repeated: Mapping[str, str]) -> None:
+    """Only the sum is defined: the replaced nodes read the tensor as one of the arguments, whichever."""
+    for name, first in repeated.items():
+        if name in results and first in results:
+            results[first] = results[first] + results.pop(name)
 
 
 def _private(value: Any) -> Any:

@@ -53,6 +53,26 @@ def test_a_sound_model_gets_a_certificate(batch: tuple[Tensor, Tensor], precisio
     assert "float64" in str(certificate)
 
 
+class OneForAll(nn.Module):
+    """Queries, keys and values are one tensor; a tensor is added to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(h, h, h).transpose(1, 2).flatten(2)
+        return self.norm(h + h)
+
+
+def test_a_tensor_that_is_several_arguments_has_one_gradient() -> None:
+    model = fusekit.optimize(OneForAll())
+    certificate = fusekit.verify(model, torch.randn(2, 6, 16))
+    assert certificate.ok, str(certificate)
+    assert {site.op for site in certificate.sites} == {"attention", "add_layer_norm"}
+
+
 def test_verify_leaves_the_model_as_it_was(batch: tuple[Tensor, Tensor]) -> None:
     model = fusekit.optimize(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.1)))
     model(batch[0][0]).sum().backward()
