@@ -207,7 +207,7 @@ class Lowering:
         while source not in self.parameters:
             if source.op != "call_function" or len(source.all_input_nodes) != 1 or mutates(source):
                 return False
-            if policy_of(source, self.low) is not Policy.MOVE:
+            if policy_of(source, self.low) is not Policy.MOVE or _is_random(source):
                 return False
             source = source.all_input_nodes[0]
         return True
@@ -307,6 +307,11 @@ def _full_precision(node: fx.Node) -> bool:
     fusion = node.meta.get("fusion")
     replaced = fusion.eager.graph.nodes if fusion is not None and fusion.eager is not None else ()
     return any(n.meta.get("full_precision", False) for n in (node, *replaced))
+
+
+def _is_random(node: fx.Node) -> bool:
+    """A second call, as randn_like of the copy, would draw again."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _is_mask(node: fx.Node, source: fx.Node) -> bool:

@@ -99,3 +99,27 @@ def test_views_of_bits_see_float32(kind: type[nn.Module], precision: str) -> Non
         warnings.simplefilter("error")  # "left unoptimised" would be one
         result = fusekit.optimize(copy.deepcopy(model), precision=precision)(x)
     torch.testing.assert_close(result, model(x), rtol=0.05, atol=0.05)
+
+
+class Noisy(nn.Module):
+    """One draw, read by a matmul and by float32 arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn_like(self.weight)
+        return F.linear(x, noise) + 100 * noise.exp().log()
+
+
+def test_noise_shaped_like_a_parameter_is_drawn_once() -> None:
+    model, x = Noisy(), torch.randn(8, 8)
+    torch.manual_seed(1)
+    expected, state = model(x), torch.get_rng_state()
+    fusekit.optimize(model, precision="bf16")
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.5)
+    torch.manual_seed(1)
+    model(x)
+    assert torch.equal(torch.get_rng_state(), state)
