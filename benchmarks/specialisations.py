@@ -35,6 +35,7 @@ class Specialisation:
     """One kernel as the compiler sees it; values that JSON cannot hold are encoded by `encode`.
 
     bench: a sample of real model size needs it, not only the small odd ones of the tests.
+    source: a hash of the kernel's code and of all it calls.
     """
 
     module: str
@@ -44,6 +45,7 @@ class Specialisation:
     divisible: list[str]
     options: dict[str, Any]
     bench: bool = True
+    source: str = ""
 
     @property
     def key(self) -> str:
@@ -93,8 +95,10 @@ def specialise(start: Launch, bench: bool = True) -> Specialisation:
     assert not runtime, f"{kernel.fn.__name__}: {len(runtime)} arguments too many"
     options = {k: v for k, v in start.meta.items() if k not in signature}
     options.setdefault("num_warps", 4)
+    called = [kernel, *(value for value in start.meta.values() if hasattr(value, "fn"))]
+    source = " ".join(function.cache_key for function in called)
     return Specialisation(
-        kernel.fn.__module__, kernel.fn.__name__, signature, constexprs, divisible, options, bench
+        kernel.fn.__module__, kernel.fn.__name__, signature, constexprs, divisible, options, bench, source
     )
 
 

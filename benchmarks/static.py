@@ -8,7 +8,8 @@ machine's makes other code than the newest: this Python's, and that of `.venv-tr
     worse than recorded in benchmarks/results/static.json, which `--record` writes.
 
 Kernels that samples of real model size need are compiled for every pair of Triton and architecture; those
-that only the small odd samples of the tests need, for the GPU machine's pair. `--all` treats them alike.
+that only the small odd samples of the tests need, for the GPU machine's pair; float16, for which tiles are
+those of bfloat16, for that pair at real model size. `--all` compiles everything for every pair.
 Figures are kept in .static/ by the hash of the kernel's source, so a second run compiles only what changed.
 """
 
@@ -78,10 +79,16 @@ def plan(specialisations: Iterable[Specialisation], everything: bool) -> dict[st
     for specialisation in specialisations:
         for version in PYTHONS:
             for arch in ARCHITECTURES:
-                if everything or specialisation.bench or (version, arch) == GPU_MACHINE:
+                if everything or _planned(specialisation, (version, arch) == GPU_MACHINE):
                     job = {**dataclasses.asdict(specialisation), "key": specialisation.key, "arch": arch}
                     jobs[version].append(job)
     return jobs
+
+
+def _planned(specialisation: Specialisation, gpu_machine: bool) -> bool:
+    if "*fp16" in specialisation.signature.values():
+        return specialisation.bench and gpu_machine
+    return specialisation.bench or gpu_machine
 
 
 def compile_all(
@@ -142,15 +149,14 @@ def _feed(pipe: Any, jobs: list[dict[str, Any]]) -> None:
 
 
 def _cache_file(version: str, job: dict[str, Any]) -> Path:
-    """Named by what decides the figures: all kernel files (they import one another), job, Triton."""
-    text = json.dumps([version, _sources(), {k: v for k, v in job.items() if k != "bench"}], sort_keys=True)
+    """Named by what decides the figures: the job, which holds a hash of the kernel's source, and Triton."""
+    text = json.dumps([version, _worker(), {k: v for k, v in job.items() if k != "bench"}], sort_keys=True)
     return CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 @functools.cache
-def _sources() -> str:
-    files = [WORKER, *sorted((ROOT / "kernels").glob("*.py"))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+def _worker() -> str:
+    return hashlib.sha256(WORKER.read_bytes()).hexdigest()
 
 
 def judge(

@@ -133,17 +133,19 @@ def _forward_kernel(
         seed = tl.load(seed_ptr) + seed_offset
 
     last = tl.minimum(Tk, (block + 1) * BLOCK_M) if CAUSAL else Tk
-    whole = tl.minimum(Tk, block * BLOCK_M + 1) if CAUSAL else Tk
-    whole = whole // BLOCK_N * BLOCK_N  # blocks before this need no causal test and end before the keys do
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    acc, total, largest = _forward_blocks(
-        acc, total, largest, q, k_ptr, v_ptr, mask_ptr, m, 0, whole,
-        stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
-        Tq, Tk, scale_log2, seed, head_index, dropout,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, False, DROPOUT, False, PRECISION,
-    )  # fmt: skip
+    whole = 0
+    if MASK == 0:  # a mask is read everywhere: one loop does
+        whole = tl.minimum(Tk, block * BLOCK_M + 1) if CAUSAL else Tk
+        whole = whole // BLOCK_N * BLOCK_N  # blocks before this need no causal test and end before the keys do
+        acc, total, largest = _forward_blocks(
+            acc, total, largest, q, k_ptr, v_ptr, mask_ptr, m, 0, whole,
+            stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
+            Tq, Tk, scale_log2, seed, head_index, dropout,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, False, DROPOUT, False, PRECISION,
+        )  # fmt: skip
     acc, total, largest = _forward_blocks(
         acc, total, largest, q, k_ptr, v_ptr, mask_ptr, m, whole, last,
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
@@ -295,31 +297,32 @@ def _grad_key_value_kernel(
 
 
 # (block of queries, block of keys, warps, stages) by kernel and padded head dimension: plain or causal; with
-# a mask; with dropout. Large tiles that triton 3.6 compiles for sm_90 without spills or serialised wgmma; an
-# additive tile takes registers, Philox more.
+# a mask; with dropout. Large tiles that triton 3.6 compiles for sm_90 without spills or serialised wgmma.
+# Mask tiles are small and not pipelined: a thread reads its elements one by one, an address of 64 bits each.
+# Philox takes registers too.
 CONFIGS = {
     "forward": {
-        64: ((128, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-        256: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        64: ((128, 64, 4, 3), (128, 32, 8, 1), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (64, 16, 8, 1), (128, 32, 8, 2)),
+        256: ((128, 64, 8, 2), (32, 16, 8, 1), (64, 32, 8, 2)),
     },
     "grad_query": {
-        64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
-        128: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        64: ((128, 64, 8, 3), (64, 32, 4, 1), (64, 32, 4, 2)),
+        128: ((128, 32, 8, 2), (32, 32, 4, 1), (128, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (32, 16, 8, 1), (32, 32, 8, 2)),
     },
     "grad_key_value": {
-        64: ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
+        64: ((64, 128, 8, 2), (32, 64, 8, 1), (32, 128, 8, 2)),
         128: ((64, 128, 8, 2), (32, 64, 8, 2), (16, 128, 8, 2)),
         256: ((16, 64, 8, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
     },
 }
 SHARED_HEADS = {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 2)}  # grad_key_value, no mask
-# float32 products run on the FMA units, whose operands sit in registers.
+# float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
 CONFIGS_FLOAT32 = {
-    "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    "grad_query": {64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
-    "grad_key_value": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "forward": {64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_query": {64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
+    "grad_key_value": {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
 
 
