@@ -42,14 +42,14 @@ TILES = {
     ("half", "split"): Tile(128, 128, 64, 4, 3),
     ("half", "small"): Tile(64, 64, 64, 4, 4),
     ("half", "ragged"): Tile(64, 64, 32, 8, 2),
-    ("tf32", "large"): Tile(64, 64, 32, 4, 4),
-    ("tf32", "split"): Tile(64, 64, 32, 4, 4),
-    ("tf32", "small"): Tile(64, 64, 32, 4, 4),
+    ("tf32", "large"): Tile(64, 64, 32, 8, 4),
+    ("tf32", "split"): Tile(64, 64, 32, 8, 4),
+    ("tf32", "small"): Tile(64, 64, 32, 8, 4),
     ("tf32", "ragged"): Tile(64, 64, 32, 8, 2),
-    ("ieee", "large"): Tile(64, 64, 16, 4, 3),
-    ("ieee", "split"): Tile(64, 64, 16, 4, 3),
-    ("ieee", "small"): Tile(64, 64, 16, 4, 3),
-    ("ieee", "ragged"): Tile(64, 64, 16, 8, 2),
+    ("ieee", "large"): Tile(64, 64, 16, 8, 3),
+    ("ieee", "split"): Tile(64, 64, 16, 8, 3),
+    ("ieee", "small"): Tile(64, 64, 16, 8, 3),
+    ("ieee", "ragged"): Tile(64, 32, 16, 8, 2),
 }
 
 
