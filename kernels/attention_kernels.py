@@ -139,7 +139,7 @@ def _forward_kernel(
     whole = 0
     if MASK == 0:  # a mask is read everywhere: one loop does
         whole = tl.minimum(Tk, block * BLOCK_M + 1) if CAUSAL else Tk
-        whole = whole // BLOCK_N * BLOCK_N  # blocks before this need no causal test and end before the keys do
+        whole = whole // BLOCK_N * BLOCK_N  # blocks before this need neither causal nor end-of-keys test
         acc, total, largest = _forward_blocks(
             acc, total, largest, q, k_ptr, v_ptr, mask_ptr, m, 0, whole,
             stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
