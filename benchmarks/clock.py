@@ -59,3 +59,38 @@ def medians(contenders: Mapping[str, Sequence[Call]], clock: Clock, rounds: int)
             if number:
                 seconds[name] += sampled
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def samples(
+    contenders: Mapping[str, Sequence[Call]], clock: Clock, *, seconds: float, least: int, most: int
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Seconds of single calls, the contenders in turn, each on its next copy of the data.
+
+    Args:
+        contenders: as in `medians`; each has been called before, so nothing is compiled here.
+        seconds: of wall clock for each contender; one that has used them up stops.
+        least, most: samples of each, whatever the time.
+
+    Returns:
+        Samples by name, and what those raised that failed; they leave the others running.
+    """
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    failed: dict[str, Exception] = {}
+    used = dict.fromkeys(contenders, 0.0)
+    running = dict(contenders)
+    while running:
+        for name, calls in list(running.items()):
+            taken = found[name]
+            each = used[name] / len(taken) if taken else seconds
+            count = min(most - len(taken), len(calls), max(1, int((seconds - used[name]) / max(each, 1e-9))))
+            started = time.perf_counter()
+            try:
+                taken += clock.sample([calls[(len(taken) + i) % len(calls)] for i in range(count)])
+            except Exception as error:
+                failed[name] = error
+                del running[name]
+                continue
+            used[name] += time.perf_counter() - started
+            if len(taken) >= most or (len(taken) >= least and used[name] >= seconds):
+                del running[name]
+    return found, failed

@@ -54,12 +54,12 @@ def measure(case: Case, clock: Clock, *, rounds: int, compiled: bool) -> dict[st
         torch._dynamo.reset()
         torch._functorch.config.donated_buffer = False  # the backward pass runs many times over one forward
         contenders["compile"] = torch.compile(eager, dynamic=False)
-    copies = _copies(case.sample.args)
+    repeated = copies(case.sample.args)
     forward: dict[str, list[Call]] = {}
     backward: dict[str, list[Call]] = {}
     for name, fn in contenders.items():
-        forward[name] = [_forward(fn, args) for args in copies]
-        backward[name] = [call for call in (_backward(fn, args) for args in copies) if call is not None]
+        forward[name] = [forward_call(fn, args) for args in repeated]
+        backward[name] = [call for call in (backward_call(fn, args) for args in repeated) if call is not None]
     result: dict[str, Any] = {
         "op": case.name,
         "sample": case.sample.name or str(case.index),
@@ -74,9 +74,10 @@ def measure(case: Case, clock: Clock, *, rounds: int, compiled: bool) -> dict[st
     return result
 
 
-def _copies(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+def copies(args: tuple[Any, ...], cache_bytes: int | None = None) -> list[tuple[Any, ...]]:
+    """The arguments, and copies of them that together do not fit any cache: calls in turn find it cold."""
     size = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
-    count = min(MOST_COPIES, max(2, math.ceil(CACHE_BYTES / max(size, 1))))
+    count = min(MOST_COPIES, max(2, math.ceil((cache_bytes or CACHE_BYTES) / max(size, 1))))
     return [args] + [tuple(_copy(a) for a in args) for _ in range(count - 1)]
 
 
@@ -92,7 +93,7 @@ def _copy(value: Any) -> Any:
     return copy.requires_grad_(value.requires_grad)
 
 
-def _forward(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
+def forward_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
     def call() -> Any:
         with torch.no_grad():
             return fn(*args)
@@ -100,7 +101,7 @@ def _forward(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
     return call
 
 
-def _backward(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call | None:
+def backward_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call | None:
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     returned = fn(*args)
     outputs = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fusekit.meter import machine
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
+KERNEL_SCHEMA = 1  # of the kernel suite's files; raised when a reader of older files would misread them
+NUMBERS = re.compile(r"\[\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\s+\]")
 
 
 def environment() -> dict[str, Any]:
@@ -22,7 +25,30 @@ def environment() -> dict[str, Any]:
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(results, indent=1) + "\n")
+    text = json.dumps(results, indent=1)
+    replace_text(path, NUMBERS.sub(lambda m: f"[{re.sub(r'\s+', ' ', m[1])}]", text) + "\n")
+
+
+def read_kernels(path: Path) -> dict[str, Any]:
+    """A results file of the kernel suite.
+
+    Raises:
+        ValueError: it is no such file, or of another schema; the sentence says which and what to do.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not JSON; a results file is written by `fusekit bench`") from None
+    if not isinstance(found, dict) or found.get("kind") != "kernels":
+        raise ValueError(f"{path} is not a results file of the kernel suite, which `fusekit bench` writes")
+    if found.get("schema") != KERNEL_SCHEMA:
+        raise ValueError(
+            f"{path} has schema {found.get('schema')}, this version reads schema {KERNEL_SCHEMA}: measure "
+            f"again, or read it with the commit that wrote it, {found.get('environment', {}).get('commit')}"
+        )
+    return found
 
 
 def _commit() -> str:

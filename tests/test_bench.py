@@ -73,7 +73,7 @@ def test_cases_start_with_every_op():
 
 def test_copies_keep_strides_and_gradients_in_other_memory():
     x = torch.randn(6, 4).t().requires_grad_()
-    first, second = (args[0] for args in op_suite._copies((x, None, 3))[:2])
+    first, second = (args[0] for args in op_suite.copies((x, None, 3))[:2])
     assert second.stride() == first.stride() and second.requires_grad
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
 

@@ -1,0 +1,146 @@
+"""The kernel suite: every op against eager PyTorch, torch.compile and other libraries, on the device at hand.
+
+python -m benchmarks                       # or: fusekit bench
+python -m benchmarks --compare old.json new.json
+python -m benchmarks --report results.json # plots and the page anew, without measuring
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import comparison, kernel_run
+from benchmarks.kernel_suite import Settings
+from benchmarks.page import write_report
+from benchmarks.providers import PROVIDERS, STANDARD
+from benchmarks.results_file import RESULTS, read_kernels
+from benchmarks.rivals import RIVALS
+from fusekit.kernels import OPS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_FAILURES = 12  # printed; the page lists all
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        if options.compare:
+            return _compare(options, console)
+        if options.report:
+            return _report(options.report, read_kernels(options.report), console)
+        return _measure(options, console)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: stopped; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _measure(options: argparse.Namespace, console: Console) -> int:
+    if not (options.minutes > 0 and options.seconds > 0):
+        raise ValueError("--minutes and --seconds are greater than 0")
+    device = _device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    rivals = tuple(RIVALS) if device.type == "cuda" or options.small else ()
+    dtypes = options.dtypes or (["float32", "bfloat16"] if device.type == "cpu" else list(DTYPES))
+    settings = Settings(
+        device=device,
+        ops=tuple(options.ops or OPS),
+        dtypes=tuple(DTYPES[name] for name in dtypes),
+        providers=tuple(options.providers or (*STANDARD, *rivals)),
+        minutes=options.minutes,
+        seconds=options.seconds,
+        small=options.small,
+    )
+    path = options.out or RESULTS / f"kernels_{_slug(device)}.json"
+    results = kernel_run.run(settings, path, console, fresh=options.fresh)
+    console.print(kernel_run.table(results))
+    failures = kernel_run.failures(results)
+    for failure in failures[:MOST_FAILURES]:
+        console.print(failure, style="red", highlight=False, soft_wrap=True, markup=False)
+    for name, reason in results["left_out"].items():
+        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"results: {path}", highlight=False, soft_wrap=True)
+    _report(path, results, console)
+    return 1 if any(" fusekit: " in failure for failure in failures) else 0
+
+
+def _report(path: Path, results: dict, console: Console) -> int:  # type: ignore[type-arg]
+    page = write_report(results, path.with_suffix(""))
+    console.print(f"report:  {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _compare(options: argparse.Namespace, console: Console) -> int:
+    old, new = map(read_kernels, options.compare)
+    providers = tuple(options.providers or ("fusekit",))
+    changes = comparison.compare(old, new, providers=providers, threshold=options.threshold)
+    console.print(comparison.table(changes))
+    console.print(comparison.drift(old, new), highlight=False)
+    worse = comparison.regressions(changes)
+    faster = sum(c.verdict == "faster" for c in changes)
+    console.print(
+        f"{len(changes)} cells: {len(worse)} slower or broken, {faster} faster, beyond {options.threshold:.0%} "
+        f"and the spread",
+        highlight=False,
+    )
+    return 1 if worse else 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; `fusekit doctor` says what it finds")
+    return torch.device(name)
+
+
+def _slug(device: torch.device) -> str:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fusekit bench",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Other benchmarks: fusekit bench gpt_step (a training step on a CPU), fusekit bench gpu.",
+    )
+    add = parser.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")
+    add("--minutes", type=float, default=5.0, help="time for the whole run (default 5)")
+    add("--seconds", type=float, default=Settings.seconds, help="per cell (default %(default)s)")
+    add("--ops", nargs="+", choices=list(OPS), help="default: all")
+    add("--dtypes", nargs="+", choices=list(DTYPES), help="default: float32 bfloat16; on a GPU all three")
+    add(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        help=f"default: {' '.join(STANDARD)}, on a GPU rivals too",
+    )
+    add("--small", action="store_true", help="the tests' shapes, of no meaning: to try the suite itself")
+    add("--out", type=Path, help="results file (default benchmarks/results/kernels_<device>.json)")
+    add("--fresh", action="store_true", help="do not continue an interrupted run")
+    add(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD", "NEW"),
+        help="compare results; 1: something is slower",
+    )
+    add("--threshold", type=float, default=0.05, help="with --compare: smallest change (default 0.05)")
+    add("--report", type=Path, metavar="RESULTS", help="write plots and page of a results file anew")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""Other libraries' kernels for the registry's ops, each called as its own documentation calls it.
+
+A row is a provider: the package that must be installed, and per op a function over the op's own arguments. What a
+library cannot express raises `Unfit` with the reason, which ends up in the cell. Results are checked against
+float64 like everyone's, so a row that no longer fits its library shows as an error, never as a time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Unfit(Exception):
+    """The library has no kernel for these arguments."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """package: the distribution to install ("" for PyTorch's own). functions: by op name."""
+
+    package: str
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def version(self) -> str | None:
+        if not self.package:
+            return torch.__version__
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why it cannot be measured here."""
+        if device.type != "cuda":
+            return "needs a CUDA GPU"
+        if self.version() is None:
+            return f"not installed: pip install {self.package}"
+        return None if self.functions else "has no counterpart of any op of the registry"
+
+
+def _liger_rms(x, residual, weight, eps, offset=0.0):  # type: ignore[no-untyped-def]
+    if weight is None:
+        raise Unfit("needs a weight")
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    mode = "gemma"  # one rounding at the end, as the op defines it; "llama" rounds before the weight
+    if residual is None:
+        return LigerRMSNormFunction.apply(x, weight, eps, offset, mode, False), x.new_empty(0)
+    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, offset, mode, False)
+
+
+def _liger_layer_norm(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
+    if weight is None or bias is None:
+        raise Unfit("needs a weight and a bias")
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    h = x if residual is None else x + residual
+    return LigerLayerNormFunction.apply(h, weight, bias, eps), h if residual is not None else h.new_empty(0)
+
+
+def _quack_rms(x, residual, weight, eps, offset=0.0):  # type: ignore[no-untyped-def]
+    if offset:
+        raise Unfit("has no offset of the weight")
+    from quack.rmsnorm import rmsnorm
+
+    if residual is None:
+        return rmsnorm(x, weight, eps=eps), x.new_empty(0)
+    return rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
+
+
+def _plain_attention(mask: Tensor | None, dropout: float, tf32: bool, q: Tensor) -> None:
+    if mask is not None:
+        raise Unfit("measured without a mask only")
+    if dropout:
+        raise Unfit("draws other random numbers than the op")
+    if tf32 or q.dtype == torch.float32:
+        raise Unfit("takes float16 and bfloat16")
+
+
+def _flash_attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False):  # type: ignore[no-untyped-def] # fmt: skip # noqa: E501
+    _plain_attention(mask, dropout, tf32, q)
+    if causal and q.shape[-2] != k.shape[-2]:
+        raise Unfit("aligns a causal mask at the last key, the op at the first")
+    from flash_attn import flash_attn_func
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal).transpose(1, 2)
+
+
+def _xformers_attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False):  # type: ignore[no-untyped-def] # fmt: skip # noqa: E501
+    _plain_attention(mask, dropout, tf32, q)
+    if q.shape[1] != k.shape[1]:
+        raise Unfit("grouped queries need repeated keys there")
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    bias = LowerTriangularMask() if causal else None
+    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+
+
+def _sdpa_with(backend: str) -> Callable[..., Tensor]:
+    def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False):  # type: ignore[no-untyped-def] # fmt: skip # noqa: E501
+        _plain_attention(mask, dropout, tf32, q)
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scale, **({"enable_gqa": True} if grouped else {})
+            )
+
+    return attention
+
+
+RIVALS: dict[str, Rival] = {
+    "liger-kernel": Rival("liger-kernel", {"add_rms_norm": _liger_rms, "add_layer_norm": _liger_layer_norm}),
+    "quack": Rival("quack-kernels", {"add_rms_norm": _quack_rms}),
+    "flash-attn": Rival("flash-attn", {"attention": _flash_attention}),
+    "cudnn-sdpa": Rival("", {"attention": _sdpa_with("CUDNN_ATTENTION")}),
+    "flash-sdpa": Rival("", {"attention": _sdpa_with("FLASH_ATTENTION")}),
+    "xformers": Rival("xformers", {"attention": _xformers_attention}),
+    "transformer-engine": Rival("transformer-engine"),
+    "torchao": Rival("torchao"),
+}
