@@ -89,8 +89,8 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     worse = comparison.regressions(changes)
     faster = sum(c.verdict == "faster" for c in changes)
     console.print(
-        f"{len(changes)} cells: {len(worse)} slower or broken, {faster} faster, beyond {options.threshold:.0%} "
-        f"and the spread",
+        f"{len(changes)} cells: {len(worse)} slower or broken, {faster} faster, "
+        f"beyond {options.threshold:.0%} and the spread",
         highlight=False,
     )
     return 1 if worse else 0

@@ -1,9 +1,9 @@
 """Two results files side by side: which cells became slower or faster, beyond what their spread explains.
 
-Per cell: the ratio of medians, its 95 % bootstrap interval, and the probability that both sets of samples come
-from one distribution (Mann & Whitney 1947, normal approximation with ties). Over the cells the probabilities are
-corrected for their number (Holm 1979). A change counts when it is improbable and the whole interval lies beyond a
-threshold, since a machine never repeats itself exactly.
+Per cell: the ratio of medians, its 95 % bootstrap interval, and the probability that both sets of samples
+come from one distribution (Mann & Whitney 1947, normal approximation with ties). Over the cells the
+probabilities are corrected for their number (Holm 1979). A change counts when it is improbable and the whole
+interval lies beyond a threshold, since a machine never repeats itself exactly.
 """
 
 from __future__ import annotations

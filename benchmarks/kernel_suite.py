@@ -5,8 +5,8 @@ timed in turn, so that a slow moment meets all of them, on copies of the data th
 provider that fails or computes something else shows that in its cell; everything else goes on.
 
 The forward pass is a training step's: it saves what its backward pass needs. Bytes are the least any
-implementation must move (inputs once, outputs once; backward: inputs, their gradients and the outputs' gradients
-once), so GB/s of two providers compare their times, not their traffic.
+implementation must move (inputs once, outputs once; backward: inputs, their gradients and the outputs'
+gradients once), so GB/s of two providers compare their times, not their traffic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernel suite's report: one HTML page with its plots inside, readable without a network, and the PNG files."""
+"""The kernel suite's report: one HTML page with its plots inside, and the plots as PNG files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from benchmarks.kernel_run import failures, grouped, shown
 from benchmarks.plots import draw
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #33383f; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #33383f; margin: 2rem auto;
+       max-width: 76rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 img { max-width: 100%; display: block; margin: 1rem 0 }
 div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px }
@@ -64,7 +65,7 @@ def _facts(results: dict[str, Any]) -> str:
 
 
 def _cells(results: dict[str, Any]) -> str:
-    """A row per op, shape, dtype and direction; a provider's cell: median, quartiles on hovering, share, error."""
+    """A row per op, shape, dtype and direction; the quartiles show on hovering."""
     providers = [p for p in results["settings"]["providers"] if not results["providers"][p]["obstacle"]]
     rows = [
         [*map(escape, key), *(_cell(row.get(p)) for p in providers)]

@@ -1,4 +1,4 @@
-"""Plots of the kernel suite's results: roofline, bandwidth over columns, FLOP/s over tokens, times against eager."""
+"""Plots of the kernel suite: roofline, GB/s over columns, FLOP/s over tokens, speed over eager."""
 
 from __future__ import annotations
 
@@ -162,9 +162,9 @@ def _lines(axes: Any, cells: list[dict[str, Any]], size: Any, rate: str, unit: f
         points[size(c)] = max(points.get(size(c), 0.0), c[rate] / unit)
     styles = dict(zip(sorted({dtype for _, dtype in series}, reverse=True), ("-", "--", "-."), strict=False))
     for (provider, dtype), points in sorted(series.items()):
-        xs = sorted(points)
+        xs, name = sorted(points), NAMES.get(provider, provider)
         axes.plot(xs, [points[x] for x in xs], styles[dtype], marker="o", markersize=4, linewidth=1.6,
-                  color=COLOUR.get(provider, COLOURS[2]), label=f"{NAMES.get(provider, provider)} {dtype}")  # fmt: skip
+                  color=COLOUR.get(provider, COLOURS[2]), label=f"{name} {dtype}")  # fmt: skip
 
 
 def _shared_legend(figure: Any, axes: Any) -> None:

@@ -26,7 +26,11 @@ def environment() -> dict[str, Any]:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)
-    replace_text(path, NUMBERS.sub(lambda m: f"[{re.sub(r'\s+', ' ', m[1])}]", text) + "\n")
+    replace_text(path, NUMBERS.sub(_one_line, text) + "\n")
+
+
+def _one_line(numbers: re.Match[str]) -> str:
+    return "[" + " ".join(numbers[1].split()) + "]"
 
 
 def read_kernels(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Other libraries' kernels for the registry's ops, each called as its own documentation calls it.
 
-A row is a provider: the package that must be installed, and per op a function over the op's own arguments. What a
-library cannot express raises `Unfit` with the reason, which ends up in the cell. Results are checked against
-float64 like everyone's, so a row that no longer fits its library shows as an error, never as a time.
+A row is a provider: the package that must be installed, and per op a function over the op's own arguments.
+What a library cannot express raises `Unfit` with the reason, which ends up in the cell. Results are checked
+against float64 like everyone's, so a row that no longer fits its library shows as an error, never as a time.
 """
 
 from __future__ import annotations

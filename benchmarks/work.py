@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.op_suite import Case
 
-# FLOPs of the backward pass over the forward pass's: two products for one; attention also recomputes its scores.
+# FLOPs of the backward pass over the forward pass's: two products for one; attention recomputes its scores.
 BACKWARD_FLOPS = {"attention": 2.5}
 
 
@@ -24,7 +24,7 @@ class Work:
 
 
 def work(case: Case) -> dict[str, Work]:
-    """By direction. Backward reads the inputs and the outputs' gradients, and writes the inputs' gradients."""
+    """By direction. Backward reads inputs and the outputs' gradients, and writes the inputs' gradients."""
     tensors = [a for a in case.sample.args if isinstance(a, Tensor)]
     inputs, outputs = sum(map(_bytes, tensors)), _output_bytes(case)
     flops = case.op.flops(*case.sample.args)

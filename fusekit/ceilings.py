@@ -1,7 +1,7 @@
 """What the device itself can do, measured: bytes a second of a large copy, FLOP/s of a large matrix product.
 
-No kernel is faster than both allow: time >= max(bytes / copy, FLOPs / product). Shares of a ceiling in reports are
-shares of these figures, taken on the same machine in the same run, not of a data sheet's.
+No kernel is faster than both allow: time >= max(bytes / copy, FLOPs / product). Shares of a ceiling in
+reports are shares of these figures, taken on the same machine in the same run, not of a data sheet's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ def measure_ceilings(
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device).view(torch.float32)
     target = torch.empty_like(source)
     seconds = _best(lambda: target.copy_(source), device)
-    del source, target
     rates = {
         str(dtype).removeprefix("torch."): _product(dtype, device, size or PRODUCT_SIZE[device.type])
         for dtype in dict.fromkeys((torch.float32, *dtypes))

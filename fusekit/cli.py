@@ -104,9 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("train", "explain", "verify", "bisect"):
         _add_model(commands.choices[name])
 
-    bench = command("bench", "run a benchmark of a checkout: gpt_step (CPU) or gpu")
-    bench.add_argument("name", nargs="?", choices=("gpt_step", "gpu"), help="which; without, they are listed")
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark")
+    # Its options, --help included, are the benchmark's own: no prefix makes any of them an option here.
+    bench = commands.add_parser(
+        "bench",
+        help="measure every op against eager, torch.compile and other libraries, from a checkout",
+        prefix_chars="\0",
+        add_help=False,
+    )
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
     command("ops", "list the fused ops")
     command("doctor", "what is installed, what can run here, and what to install")
     return parser

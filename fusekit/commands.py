@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -107,17 +108,20 @@ def bisect(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
+    """The kernel suite, or another benchmark of the checkout by name, with its own options."""
     checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "benchmarks" / "gpt_step.py").is_file():
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
         raise ValueError(
             "the benchmarks are not part of the installed package: clone the repository and, from its "
-            "folder, run python -m benchmarks.gpt_step (CPU) or make gpu (CUDA)"
+            "folder, run python -m benchmarks, or make gpu on a machine with a CUDA GPU"
         )
-    if options.name is None:
-        print("fusekit bench gpt_step    a GPT training step on this CPU against eager and torch.compile")
-        print("fusekit bench gpu         every op and a training step on a CUDA GPU")
-        return 0
-    return subprocess.call([sys.executable, "-m", f"benchmarks.{options.name}", *options.rest], cwd=checkout)
+    named = options.rest[:1] in (["gpt_step"], ["gpu"])
+    module = f"benchmarks.{options.rest[0]}" if named else "benchmarks"
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.call(
+        [sys.executable, "-m", module, *options.rest[named:]],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
 
 
 def ops(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fusekit.ceilings import measure_ceilings
 from fusekit.kernels import OPS
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.meter import machine
@@ -41,11 +42,33 @@ def examine() -> int:
     console.print(table)
     for name, obstacle in _lanes(versions).items():
         console.print(f"{name:24} {'yes' if obstacle is None else 'no: ' + obstacle}", highlight=False)
+    _print_ceilings(console)
     console.print(f"ops: {', '.join(OPS) or 'none'}", highlight=False)
     problem = _problem()
     if problem:
         print(f"fusekit doctor: {problem}", file=sys.stderr)
     return 1 if problem else 0
+
+
+def _print_ceilings(console: Console) -> None:
+    """What this device can do at most, as the benchmarks measure it: on a CPU with one thread."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = measure_ceilings(device)
+    except RuntimeError as error:  # a GPU without free memory, or one that this PyTorch has no code for
+        console.print(
+            f"ceilings of {device.type}: not measured, {str(error).splitlines()[0]}", highlight=False
+        )
+        return
+    finally:
+        torch.set_num_threads(threads)
+    rates = ", ".join(f"{name} {rate / 1e9:,.3g} GFLOP/s" for name, rate in found.flops_per_second.items())
+    where = "one CPU thread" if device.type == "cpu" else "GPU"
+    console.print(
+        f"ceilings, {where}: copy {found.bytes_per_second / 1e9:,.3g} GB/s; product {rates}", highlight=False
+    )
 
 
 def _lanes(versions: dict[str, str | None]) -> dict[str, str | None]:
