@@ -86,7 +86,10 @@ def _samples(name: str, dtype: torch.dtype, settings: Settings) -> Iterator[Any]
     chosen = (s for s in OPS[name].samples(settings.device, dtype) if s.bench != settings.small)
     if settings.small:
         return itertools.islice(chosen, 1)
-    return itertools.chain(chosen, SWEEPS[name](settings.device, dtype) if name in SWEEPS else ())
+    sweep = SWEEPS[name](settings.device, dtype) if name in SWEEPS else ()
+    if settings.device.type == "cpu":  # the larger samples are a GPU's: they come last
+        return itertools.chain(itertools.islice(chosen, 1), sweep, chosen)
+    return itertools.chain(chosen, sweep)
 
 
 def label(case: Case) -> str:
@@ -98,8 +101,12 @@ def obstacle(case: Case, settings: Settings, ceilings: Ceilings, left: float) ->
     tasks = work(case).values()
     seconds = _eager_seconds(case, ceilings) * len(settings.providers) * (1 + LEAST_SAMPLES)
     seconds += COMPILE_SECONDS * sum(name.startswith("compile") for name in settings.providers)
-    if seconds > min(left, CASE_SHARE * 60 * settings.minutes):
-        return f"would take about {seconds:.0f} s; more --minutes include it"
+    if seconds > left:
+        return f"no time left for its {seconds:.0f} s; more --minutes include it"
+    if seconds > CASE_SHARE * 60 * settings.minutes:
+        return (
+            f"would take about {seconds:.0f} s of the {60 * settings.minutes:.0f}; more --minutes include it"
+        )
     needed, available = 2 * len(settings.providers) * max(t.moved for t in tasks), _memory(settings.device)
     if available and needed > 0.8 * available:
         return (
@@ -176,8 +183,8 @@ def _time(
     found, failed = samples(
         contenders, settings.clock(), seconds=settings.seconds, least=LEAST_SAMPLES, most=MOST_SAMPLES
     )
-    for name, error in failed.items():
-        results[name]["failed"] = sentence(error)
+    for name, raised in failed.items():
+        results[name]["failed"] = sentence(raised)
     for name, values in found.items():
         if name not in failed:
             results[name] |= _spread(values)

@@ -48,7 +48,7 @@ def _roofline(cells: list[dict[str, Any]], ceilings: dict[str, Any], dtype: str,
     axes.plot(edge, [left * copy / 1e9, peak / 1e9, peak / 1e9], color=INK, linewidth=1.6, zorder=1)
     axes.annotate(
         f"copy: {copy / 1e9:,.3g} GB/s · product: {peak / 1e9:,.3g} GFLOP/s",
-        (0.02, 0.96), xycoords="axes fraction", color=INK, fontsize=9, va="top",
+        (0.98, 0.04), xycoords="axes fraction", color=INK, fontsize=9, ha="right",
     )  # fmt: skip
     markers = dict(zip(sorted({c["op"] for c in cells}), MARKERS, strict=False))
     for c in cells:
@@ -90,8 +90,9 @@ def _bars(cells: list[dict[str, Any]], dtype: str, path: Path) -> Path:
             if provider in row:
                 speed = base / row[provider]["seconds"]
                 axes.barh(number + offset, min(speed, FASTEST), height=0.36, color=COLOUR[provider])
+                end = min(max(speed, 1.0), FASTEST)  # the line at 1 runs through no number
                 text = f" {speed:.2f}× · {_time(row[provider]['seconds'])}"
-                axes.text(min(speed, FASTEST), number + offset, text, va="center", color=INK, fontsize=7.5)
+                axes.text(end, number + offset, text, va="center", color=INK, fontsize=7.5)
     axes.axvline(1.0, color=COLOUR["eager"], linewidth=1.5)
     labels = [f"{op} {direction}\n{sample} · eager {_time(row['eager']['seconds'])}"
               for (op, sample, _, direction), row in rows.items()]  # fmt: skip
