@@ -28,11 +28,12 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         if mine:
             drawn.append(_roofline(mine, results["ceilings"], dtype, folder / f"roofline_{dtype}.png"))
             drawn.append(_bars(mine, dtype, folder / f"times_{dtype}.png"))
-    norms = [c for c in timed if c["op"].endswith("_norm")]
+    sweeps = [c for c in timed if c["sample"].startswith("sweep")]
+    norms = [c for c in sweeps if c["op"].endswith("_norm")]
     if len({c["shapes"][0][-1] for c in norms}) > 1:
         drawn.append(_bandwidth(norms, results["ceilings"], folder / "columns.png"))
-    attention = [c for c in timed if c["op"] == "attention" and c["dtype"] != "float32"]
-    if len({c["shapes"][0][-2] for c in attention}) > 2:
+    attention = [c for c in sweeps if c["op"] == "attention"]
+    if len({c["shapes"][0][-2] for c in attention}) > 1:
         drawn.append(_tokens(attention, folder / "tokens.png"))
     return drawn
 
@@ -125,33 +126,33 @@ def _bandwidth(cells: list[dict[str, Any]], ceilings: dict[str, Any], path: Path
     panels = sorted({(c["op"], c["direction"]) for c in cells}, key=lambda p: (p[0], p[1] == "backward"))
     rows = (len(panels) + 1) // 2
     figure, grid = _pyplot().subplots(
-        rows, 2, figsize=(11, 3.6 * rows), dpi=120, squeeze=False, sharex=True, sharey=True
+        rows, 2, figsize=(12.5, 3.6 * rows), dpi=120, squeeze=False, sharex=True, sharey=True
     )
     for axes, (op, direction) in zip(grid.flat, panels, strict=False):
         mine = [c for c in cells if (c["op"], c["direction"]) == (op, direction)]
         _lines(axes, mine, lambda c: c["shapes"][0][-1], "bytes_per_second", 1e9)
         copy = ceilings["bytes_per_second"] / 1e9
         axes.axhline(copy, color=INK, linewidth=1, linestyle=":", label="copy, measured")
-        axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
+        _sizes(axes, cells, lambda c: c["shapes"][0][-1])
+        axes.set_ylim(0, 1.1 * max(copy, *(c["bytes_per_second"] / 1e9 for c in cells)))
         _finish(axes, xlabel="columns", ylabel="GB/s", title=f"{op} {direction}")
         axes.tick_params(labelbottom=True, labelleft=True)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    _shared_legend(figure, grid.flat[0])
+    _shared_legend(grid.flat[min(1, len(panels) - 1)])
     _write(figure, path)
     return path
 
 
 def _tokens(cells: list[dict[str, Any]], path: Path) -> Path:
     """TFLOP/s of attention over the sequence length."""
-    figure, pair = _pyplot().subplots(1, 2, figsize=(11, 4.2), dpi=120, sharey=True)
+    figure, pair = _pyplot().subplots(1, 2, figsize=(12.5, 4.2), dpi=120, sharey=True)
     for axes, direction in zip(pair, ("forward", "backward"), strict=True):
-        mine = [c for c in cells if c["direction"] == direction and c["sample"].startswith("sweep")]
+        mine = [c for c in cells if c["direction"] == direction]
         _lines(axes, mine, lambda c: c["shapes"][0][-2], "flops_per_second", 1e12)
-        axes.set_xscale("log", base=2)
+        _sizes(axes, mine, lambda c: c["shapes"][0][-2])
         _finish(axes, xlabel="tokens", ylabel="TFLOP/s", title=f"attention {direction}")
-    _shared_legend(figure, pair[0])
+    _shared_legend(pair[1])
     _write(figure, path)
     return path
 
@@ -168,7 +169,13 @@ def _lines(axes: Any, cells: list[dict[str, Any]], size: Any, rate: str, unit: f
                   color=COLOUR.get(provider, COLOURS[2]), label=f"{name} {dtype}")  # fmt: skip
 
 
-def _shared_legend(figure: Any, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=9, loc="upper center", ncols=4,
-                  bbox_to_anchor=(0.5, 0.0))  # fmt: skip
+def _shared_legend(axes: Any) -> None:
+    """To the right of a panel that has all the lines."""
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+
+
+def _sizes(axes: Any, cells: list[dict[str, Any]], size: Any) -> None:
+    """Powers of two, written out."""
+    sizes = sorted({size(c) for c in cells})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])

@@ -112,10 +112,8 @@ def _sdpa_with(backend: str) -> Callable[..., Tensor]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, scale=scale, **({"enable_gqa": True} if grouped else {})
-            )
+            grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
 
     return attention
 

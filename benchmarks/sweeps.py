@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusekit.kernels.op import Sample
 
-COLUMNS = (256, 1024, 2048, 8192)  # the ops' own samples add 384 and 4096
+COLUMNS = (256, 1024, 4096, 8192)
 ELEMENTS = {"cpu": 2 << 20, "cuda": 32 << 20}
 TOKENS = (512, 1024, 4096, 8192)  # for GPUs
 BATCH_TOKENS, HEADS, HEAD_SIZE = 16384, 16, 128

@@ -12,6 +12,7 @@ from benchmarks import __main__ as command
 from benchmarks import comparison, kernel_run, kernel_suite, providers, rivals
 from benchmarks.clock import samples
 from benchmarks.kernel_suite import Settings
+from benchmarks.plots import draw
 from benchmarks.results_file import KERNEL_SCHEMA, read_kernels, write_results
 from benchmarks.work import work
 from fusekit.ceilings import Ceilings, measure_ceilings
@@ -232,6 +233,23 @@ def test_the_page_holds_its_plots_and_escapes_what_providers_say(tmp_path):
     assert page.count("data:image/png;base64,") == len(list((tmp_path / "report").glob("*.png"))) >= 2
     assert "http" not in page.replace("https://", "http").split("<table>")[0] and "&lt;b&gt;" in page
     assert all(math.isfinite(c["share"]) for c in results["cells"] if "share" in c)
+
+
+def test_curves_over_columns_and_tokens_are_drawn_from_sweeps(tmp_path):
+    cells = [
+        {"op": op, "sample": f"sweep {n}", "dtype": dtype, "shapes": [[1, n, n]], "direction": direction}
+        | {"provider": p, "seconds": 1e-3, "flops": 1, "bytes": 1, "share": 0.5, "error": 1e-7}
+        | {"bytes_per_second": 1e9 + n, "flops_per_second": 1e12 + n}
+        for op in ("add_rms_norm", "attention")
+        for n in (256, 1024)
+        for dtype in ("float32", "bfloat16")
+        for direction in ("forward", "backward")
+        for p in ("eager", "compile", "fusekit", "liger-kernel")
+    ]
+    ceilings = {"bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11}}
+    results = {"cells": cells, "ceilings": ceilings, "settings": {"dtypes": ["float32", "bfloat16"]}}
+    drawn = {path.name for path in draw(results, tmp_path)}
+    assert drawn == {p.name for p in tmp_path.iterdir()} and {"columns.png", "tokens.png"} <= drawn
 
 
 def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):
