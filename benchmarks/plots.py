@@ -49,7 +49,7 @@ def _roofline(cells: list[dict[str, Any]], ceilings: dict[str, Any], dtype: str,
     axes.plot(edge, [left * copy / 1e9, peak / 1e9, peak / 1e9], color=INK, linewidth=1.6, zorder=1)
     axes.annotate(
         f"copy: {copy / 1e9:,.3g} GB/s · product: {peak / 1e9:,.3g} GFLOP/s",
-        (0.98, 0.04), xycoords="axes fraction", color=INK, fontsize=9, ha="right",
+        (1.0, 1.02), xycoords="axes fraction", color=INK, fontsize=9, ha="right",
     )  # fmt: skip
     markers = dict(zip(sorted({c["op"] for c in cells}), MARKERS, strict=False))
     for c in cells:

@@ -67,7 +67,9 @@ def _print_ceilings(console: Console) -> None:
     rates = ", ".join(f"{name} {rate / 1e9:,.3g} GFLOP/s" for name, rate in found.flops_per_second.items())
     where = "one CPU thread" if device.type == "cpu" else "GPU"
     console.print(
-        f"ceilings, {where}: copy {found.bytes_per_second / 1e9:,.3g} GB/s; product {rates}", highlight=False
+        f"ceilings, {where}: copy {found.bytes_per_second / 1e9:,.3g} GB/s; product {rates}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
