@@ -265,10 +265,13 @@ def dynamo_settings() -> Iterator[None]:
 
     specialize_float: attention scales and norm epsilons stay literals of the graph and do not become inputs.
     warning_once: transformers' log-once calls are GPT-2's and gradient checkpointing's only graph break.
+    allow_rnn: an LSTM is one node, left alone; without it, its frame and all beside it would stay eager.
     """
     from torch._dynamo import config
 
     settings: dict[str, Any] = {"specialize_float": True}
+    if hasattr(config, "allow_rnn"):
+        settings["allow_rnn"] = True
     warning_once = getattr(logging.Logger, "warning_once", None)
     if warning_once is not None:
         settings["ignore_logging_functions"] = set(config.ignore_logging_functions) | {warning_once}

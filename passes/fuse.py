@@ -229,7 +229,13 @@ class _Fuser:
 
 
 def _sentence(miss: Miss) -> str:
-    return miss.reason if miss.complete or miss.node is miss.root else f"{miss.reason} (at {miss.node.name})"
+    """The reason, and the line where the difference is if that is another one than the site's.
+
+    Equal layers give equal sentences, so that a report can count them.
+    """
+    where = location(miss.node)
+    elsewhere = not miss.complete and where and where != location(miss.root)
+    return f"{miss.reason} (at {where})" if elsewhere else miss.reason
 
 
 def _worth_telling(miss: Miss) -> bool:

@@ -242,7 +242,9 @@ class _Search:
             yield from self.operand(str(p.target), value, state)
             return
         wanted = self.pattern.spelled[p]
-        there = spell(value) if isinstance(value, fx.Node) else Spelling(type(value).__name__, ())
+        if not isinstance(value, fx.Node):
+            return  # a number where a computed tensor belongs: scaling is another function, not a near-match
+        there = spell(value)
         if there.name == wanted.name:
             extended = state.having(**{"skipped" if self.is_shared(wanted) else "nodes": {p: value}})
             for ours, theirs in self.orders(wanted, there):

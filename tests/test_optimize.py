@@ -204,6 +204,31 @@ def test_graph_breaks_are_listed_with_line_and_cause() -> None:
     assert text.startswith(_line(Breaks)) and "print" in text
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.norm, self.out = nn.LSTM(8, 16, batch_first=True), nn.LayerNorm(16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.out(self.norm(self.lstm(x)[0])))
+
+
+def test_an_lstm_does_not_keep_its_frame_eager() -> None:
+    plain = Recurrent()
+    model = fusekit.optimize(copy.deepcopy(plain))
+    for length in (5, 7, 3):
+        x = torch.randn(2, length, 8)
+        for m in (model, plain):
+            optimizer = torch.optim.SGD(m.parameters(), 0.1)
+            m(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not fusekit.explain(model).notes
+    assert {f.op for f in fusekit.explain(model).fused} == {"add_layer_norm", "linear_act"}
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_sizes_beyond_dynamos_limit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusekit.passes._compat.RECOMPILE_LIMIT", 2)
     model = _optimized(dynamic=False).eval()

@@ -201,6 +201,34 @@ def test_what_must_not_fuse_is_left_and_named(case: str) -> None:
         assert sum(sites(regions).values()) <= 1
 
 
+SCALED: dict[str, Callable[..., Any]] = {
+    "a scale after a linear": lambda x, w, b: F.linear(x, w, b) * 2.0,
+    "LoRA": lambda x, w, b: F.linear(x, w, b) + F.linear(x, w) * 0.5,
+    "half of a linear": lambda x, w, b: 0.5 * F.linear(x, w, b),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_scaling_is_no_near_match_of_an_activation(case: str) -> None:
+    _, regions = capture(Functional(SCALED[case], (8, 8), (8,)), torch.randn(2, 3, 8))
+    assert not reasons(regions)
+
+
+def test_equal_misses_read_alike_and_name_the_line() -> None:
+    def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1)
+        scores = torch.tanh(scores / 50.0) * 50.0
+        return torch.softmax(scores, dim=-1) @ v
+
+    def twice(x: Tensor, w: Tensor) -> Tensor:
+        return capped(capped(x @ w, x, x), x, x)
+
+    _, regions = capture(Functional(twice, (8, 8)), torch.randn(2, 2, 5, 8))
+    first, second = reasons(regions).splitlines()
+    assert first == second
+    assert first.startswith("attention: tanh where matmul is needed (at test_rules.py:")
+
+
 def test_varying_sizes_match_alike() -> None:
     regions = check(Act(nn.GELU(), residual=True), torch.randn(2, 3, 8), dynamic=True)
     assert sites(regions) == {"linear_act": 1}
