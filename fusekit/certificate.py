@@ -73,7 +73,7 @@ class Certificate:
     def __str__(self) -> str:
         failed = sum(not site.ok for site in self.sites)
         slower = sum(site.reverted and site.ok for site in self.sites)
-        head = f"{len(self.sites)} sites checked against float64: " + (
+        head = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} checked against float64: " + (
             "all computed the same" if not failed else f"{failed} FAILED and run eagerly now"
         )
         if slower:

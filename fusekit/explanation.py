@@ -22,7 +22,7 @@ def explain(model: nn.Module) -> Report:
     notes += [f"{f.location or 'a part of the model'} runs eagerly: {f.reason}" for f in opened.failures]
     return Report(
         fused=tuple(fusion for region in regions for fusion in region.fusions),
-        refused=tuple(refusal for region in regions for refusal in region.refusals),
+        refused=tuple(r for c in opened.regions for r in (*c.region.refusals, *c.reverted.values())),
         flops_covered=_mean([flops for flops, _ in shares]),
         bytes_covered=_mean([bytes_ for _, bytes_ in shares]),
         graphs=len(regions),

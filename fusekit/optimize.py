@@ -94,6 +94,8 @@ def optimize(
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `optimize`; a model that is not optimised is left as it is."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"restore takes a model, and got a {type(model).__name__}")
     session = SESSIONS.pop(model, None)
     if session is not None:
         model._compiled_call_impl = session.replaced_call

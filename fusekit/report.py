@@ -54,8 +54,8 @@ class Report:
             lines = ["Nothing captured yet: call the model once, or pass example_inputs to fusekit.optimize."]
             return "\n".join([*lines, *self.notes, *self.graph_breaks])
         parts = [
-            f"{self.graphs} graph{'s' * (self.graphs != 1)}, {len(self.fused)} sites fused, "
-            f"{len(self.refused)} refused; "
+            f"{self.graphs} graph{'s' * (self.graphs != 1)}, "
+            f"{len(self.fused)} site{'s' * (len(self.fused) != 1)} fused, {len(self.refused)} refused; "
             f"{self.flops_covered:.0%} of FLOPs and {self.bytes_covered:.0%} of bytes covered"
         ]
         if self.fused:

@@ -106,6 +106,10 @@ def session(model: nn.Module) -> Session:
     Raises:
         ValueError: the model was never optimised, or was restored, or is a copy of an optimised one.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"this takes a model that fusekit.optimize returned, and got a {type(model).__name__}"
+        )
     found = SESSIONS.get(model)
     if found is None:
         raise ValueError(

@@ -15,7 +15,7 @@ from fusekit.certificate import Certificate, SiteCertificate
 from fusekit.model_check import check_model
 from fusekit.passes.canonicalise import call_checkpoint
 from fusekit.passes.capture import CapturedRegion
-from fusekit.passes.region import Fusion
+from fusekit.passes.region import Fusion, Refusal
 from fusekit.session import Session, session
 from fusekit.site_check import SiteCall, bind, certify_site
 
@@ -58,6 +58,13 @@ def certify(opened: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         bad = {name: why for name, why in bad.items() if why}
         if bad:
             captured.rebuild(captured.disabled_sites | set(bad))
+            captured.reverted |= {
+                s.site: Refusal(
+                    op=s.op, location=s.location, reason=f"reverted by verify: {bad[s.site]}", rule=s.rule
+                )
+                for s in own
+                if s.site in bad
+            }
         _record_gains(captured, own)
         judged += [replace(s, reverted=True, reason=bad[s.site]) if s.site in bad else s for s in own]
     for site in judged:

@@ -22,7 +22,7 @@ from fusekit.passes.config import Config
 from fusekit.passes.emit import graph_inputs, without_autocast
 from fusekit.passes.invariants import InvariantError
 from fusekit.passes.pipeline import run_pipeline
-from fusekit.passes.region import Region, Settings
+from fusekit.passes.region import Refusal, Region, Settings
 
 logger = logging.getLogger("fusekit")
 
@@ -41,6 +41,7 @@ class CapturedRegion:
     region: as the pipeline left it; replaced by every `rebuild`.
     recorder: recorder(region.module) -> fx.Interpreter. While set, that interpreter runs the graph, not the
         compiled callable, so that each node's real inputs and outputs can be seen.
+    reverted: by site, why `verify` put it back; outlives every `rebuild`.
     """
 
     region: Region
@@ -51,6 +52,7 @@ class CapturedRegion:
         self._canonical = canonical
         self._settings, self._config, self._index, self._training = settings, config, index, training
         self.recorder: Callable[[fx.GraphModule], fx.Interpreter] | None = None
+        self.reverted: dict[str, Refusal] = {}
         self._build(frozenset(), in_frame=True)
 
     def __call__(self, *args: Any) -> Any:

@@ -156,7 +156,10 @@ def test_a_slower_site_is_reverted_and_stays_listed(
     certificate = fusekit.verify(model, *batch)
     assert certificate.ok and all(site.reverted for site in certificate.sites)
     assert "2.00 times eager's time" in str(certificate)
-    assert not fusekit.explain(model).fused
+    report = fusekit.explain(model)
+    assert not report.fused
+    assert sorted(r.op for r in report.refused) == sorted(site.op for site in certificate.sites)
+    assert all("reverted by verify: takes 2.00 times" in r.reason for r in report.refused)
 
 
 def test_verify_first_certifies_on_the_users_own_batch(
@@ -187,3 +190,9 @@ def test_explain_lists_sites_with_places_and_reasons(batch: tuple[Tensor, Tensor
 def test_a_model_that_was_never_optimised_gets_a_sentence(call) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=r"call fusekit.optimize\(model\) first"):
         call(Block())
+
+
+@pytest.mark.parametrize("call", [fusekit.explain, fusekit.verify, fusekit.restore])
+def test_what_is_no_model_gets_a_sentence(call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="got a str"):
+        call("model")
