@@ -11,6 +11,7 @@ from fusekit.plots import COLOURS, GRID, INK, _finish, _pyplot, _write
 
 SHOWN = ("eager", "compile", "fusekit")
 COLOUR = dict(zip(SHOWN, (COLOURS[0], COLOURS[1], COLOURS[3]), strict=True))
+RIVAL_COLOURS = (COLOURS[2], "#8e5bb5", "#c2455a", "#7a6a2f", "#3aa6a0", "#5a6b00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NAMES = {"compile": "torch.compile"}
 FASTEST = 6.0  # times eager; a longer bar is cut and carries its number
@@ -151,6 +152,7 @@ def _tokens(cells: list[dict[str, Any]], path: Path) -> Path:
         mine = [c for c in cells if c["direction"] == direction]
         _lines(axes, mine, lambda c: c["shapes"][0][-2], "flops_per_second", 1e12)
         _sizes(axes, mine, lambda c: c["shapes"][0][-2])
+        axes.set_ylim(bottom=0)
         _finish(axes, xlabel="tokens", ylabel="TFLOP/s", title=f"attention {direction}")
     _shared_legend(pair[1])
     _write(figure, path)
@@ -162,11 +164,13 @@ def _lines(axes: Any, cells: list[dict[str, Any]], size: Any, rate: str, unit: f
     for c in cells:
         points = series[c["provider"], c["dtype"]]
         points[size(c)] = max(points.get(size(c), 0.0), c[rate] / unit)
+    rivals = sorted({provider for provider, _ in series} - set(SHOWN))
+    colours = COLOUR | dict(zip(rivals, RIVAL_COLOURS, strict=False))
     styles = dict(zip(sorted({dtype for _, dtype in series}, reverse=True), ("-", "--", "-."), strict=False))
     for (provider, dtype), points in sorted(series.items()):
         xs, name = sorted(points), NAMES.get(provider, provider)
         axes.plot(xs, [points[x] for x in xs], styles[dtype], marker="o", markersize=4, linewidth=1.6,
-                  color=COLOUR.get(provider, COLOURS[2]), label=f"{name} {dtype}")  # fmt: skip
+                  color=colours.get(provider, INK), label=f"{name} {dtype}")  # fmt: skip
 
 
 def _shared_legend(axes: Any) -> None:
