@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 TILES = {
     ("half", "large"): Tile(128, 128, 64, 8, 3),
     ("half", "split"): Tile(128, 128, 64, 4, 3),
-    ("half", "small"): Tile(64, 64, 64, 4, 4),
+    ("half", "small"): Tile(64, 64, 64, 8, 4),
     ("half", "ragged"): Tile(64, 64, 32, 8, 2),
     ("tf32", "large"): Tile(64, 64, 32, 8, 4),
     ("tf32", "split"): Tile(64, 64, 32, 8, 4),
