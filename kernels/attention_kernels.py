@@ -302,7 +302,7 @@ def _grad_key_value_kernel(
 # Philox takes registers too.
 CONFIGS = {
     "forward": {
-        64: ((128, 64, 4, 3), (128, 32, 8, 1), (128, 32, 8, 2)),
+        64: ((128, 64, 8, 3), (128, 32, 8, 1), (128, 32, 8, 2)),
         128: ((128, 64, 8, 3), (64, 16, 8, 1), (128, 32, 8, 2)),
         256: ((128, 64, 8, 2), (32, 16, 8, 1), (64, 32, 8, 2)),
     },
@@ -313,16 +313,16 @@ CONFIGS = {
     },
     "grad_key_value": {
         64: ((64, 128, 8, 2), (32, 64, 8, 1), (32, 128, 8, 2)),
-        128: ((64, 128, 8, 2), (32, 64, 8, 2), (16, 128, 8, 2)),
+        128: ((64, 128, 8, 2), (32, 64, 8, 1), (16, 128, 8, 2)),
         256: ((16, 64, 8, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
     },
 }
 SHARED_HEADS = {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 2)}  # grad_key_value, no mask
 # float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
 CONFIGS_FLOAT32 = {
-    "forward": {64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "grad_query": {64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
-    "grad_key_value": {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
+    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
 
 
@@ -333,9 +333,10 @@ def _padded(features: int) -> int:
 def _blocks(
     kernel: str, q: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[int, int, int, int]:
-    widest = max(64, _padded(max(q.shape[-1], v.shape[-1])))
+    widest = _padded(max(q.shape[-1], v.shape[-1]))
     if q.dtype == torch.float32:
-        return CONFIGS_FLOAT32[kernel][widest]
+        return CONFIGS_FLOAT32[kernel][max(32, widest)]
+    widest = max(64, widest)
     plain, masked, dropping = CONFIGS[kernel][widest]
     if dropout > 0.0:
         return dropping
