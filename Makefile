@@ -44,8 +44,8 @@ lint: .venv/ready
 	ln -s $(CURDIR)/benchmarks .farm/benchmarks
 	cd .farm && ../$(BIN)/mypy --config-file ../pyproject.toml -p fusekit -p benchmarks
 
+# Runs tests/gpu itself, in a process of its own: a kernel that crashes must not cost the measurements.
 gpu: .venv/gpu
-	$(BIN)/python -m pytest tests/gpu -q
 	$(BIN)/python -m benchmarks.gpu
 
 clean:
