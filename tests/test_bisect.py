@@ -50,8 +50,7 @@ def test_a_sabotaged_site_is_found(batch, monkeypatch):
     model(*batch)
     captured = session(model).regions[0]
     sites = [fusion.site for fusion in captured.region.fusions]
-    if not sites:
-        pytest.skip("no rule fuses anything yet")
+    assert sites, "nothing was fused, so nothing can be sabotaged"
     victim = sites[len(sites) // 2]
     rebuild = type(captured).rebuild
 
