@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import comparison, kernel_run
-from benchmarks.kernel_suite import Settings
-from benchmarks.page import write_report
-from benchmarks.providers import PROVIDERS, STANDARD
+from benchmarks.kernels import comparison
+from benchmarks.kernels import run as kernel_run
+from benchmarks.kernels.providers import PROVIDERS, STANDARD
+from benchmarks.kernels.rivals import RIVALS
+from benchmarks.kernels.suite import Settings
+from benchmarks.report.page import write_report
 from benchmarks.results_file import RESULTS, read_kernels
-from benchmarks.rivals import RIVALS
 from fusekit.kernels import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

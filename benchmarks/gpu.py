@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clock import CpuClock, CudaClock
-from benchmarks.op_suite import cases, measure
+from benchmarks.kernels.cases import cases, measure
 from benchmarks.results_file import CHECKOUT, RESULTS, environment, write_results
 from fusekit.data import Corpus
 from fusekit.gpt import GPT, GPTConfig

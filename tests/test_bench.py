@@ -8,8 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpt_step, gpu, op_suite
+from benchmarks import gpt_step, gpu
 from benchmarks.clock import CpuClock, medians
+from benchmarks.kernels import cases as op_suite
 from fusekit.kernels import OPS
 from fusekit.kernels.parity import results_and_grads
 

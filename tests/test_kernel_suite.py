@@ -9,12 +9,14 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import comparison, kernel_run, kernel_suite, providers, rivals
 from benchmarks.clock import samples
-from benchmarks.kernel_suite import Settings
-from benchmarks.plots import draw
+from benchmarks.kernels import comparison, providers, rivals
+from benchmarks.kernels import run as kernel_run
+from benchmarks.kernels import suite as kernel_suite
+from benchmarks.kernels.suite import Settings
+from benchmarks.kernels.work import work
+from benchmarks.report.plots import draw
 from benchmarks.results_file import KERNEL_SCHEMA, read_kernels, write_results
-from benchmarks.work import work
 from fusekit.ceilings import Ceilings, measure_ceilings
 from fusekit.kernels import OPS
 

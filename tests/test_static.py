@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import specialisations, static
+from benchmarks.static import lane as static
+from benchmarks.static import specialisations
 from fusekit.kernels._triton import HAS_TRITON
 from fusekit.kernels.launch import Launch
 
@@ -93,7 +94,7 @@ def test_a_kernel_that_does_not_compile_fails(compile_kernel):
 
 
 def test_a_product_off_the_tensor_cores_is_noticed():
-    worker = importlib.import_module("benchmarks.static_worker")
+    worker = importlib.import_module("benchmarks.static.worker")
     ttir = "%7 = tt.dot %5, %6, %acc : tensor<64x64xbf16> * tensor<64x64xbf16> -> tensor<64x64xf32>"
     log = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 40 registers"
     code = {"ttir": ttir, "ptx": "fma.rn.f32"}
@@ -107,7 +108,7 @@ def test_a_product_off_the_tensor_cores_is_noticed():
 
 
 def test_serialised_wgmma_is_noticed():
-    worker = importlib.import_module("benchmarks.static_worker")
+    worker = importlib.import_module("benchmarks.static.worker")
     log = "(C7512) Potential Performance Loss: wgmma.mma_async ...\nUsed 40 registers, 12 bytes spill stores"
     figures = worker.read_code({"ttir": "", "ptx": ""}, log, 90)
     assert figures["advisories"] == ["C7512"] and figures["spills"] == 12
@@ -178,9 +179,9 @@ def test_every_kernel_file_loads_without_torch():
     names = [f.stem for f in Path(static.ROOT, "kernels").glob("*.py") if f.stem != "__init__"]
     program = f"""
         import importlib, sys
-        sys.path.insert(0, {str(static.ROOT / "benchmarks")!r})
-        import static_worker
-        static_worker.prepare()
+        sys.path.insert(0, {str(static.WORKER.parent)!r})
+        import worker
+        worker.prepare()
         for name in {names!r}:
             importlib.import_module("fusekit.kernels." + name)
         assert type(sys.modules["torch"]).__name__ == "_Torch"

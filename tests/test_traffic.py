@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import traffic
+from benchmarks.traffic import norms as traffic
 from fusekit.kernels._triton import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

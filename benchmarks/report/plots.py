@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_run import grouped
+from benchmarks.kernels.run import grouped
 from fusekit.plots import COLOURS, GRID, INK, _finish, _pyplot, _write
 
 SHOWN = ("eager", "compile", "fusekit")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.op_suite import BASELINES
-from benchmarks.rivals import RIVALS, Unfit
+from benchmarks.kernels.cases import BASELINES
+from benchmarks.kernels.rivals import RIVALS, Unfit
 from fusekit.kernels import OPS
 
 OURS = "fusekit"

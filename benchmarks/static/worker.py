@@ -1,6 +1,6 @@
 """Compiles kernels ahead of time with the Triton of the Python that runs this file, and says what came out.
 
-    python benchmarks/static_worker.py < jobs > results        one JSON object a line, both ways
+    python benchmarks/static/worker.py < jobs > results        one JSON object a line, both ways
 
 A job is a Specialisation as a dict, plus "arch" (80, 90, 100) and "key". PyTorch is not needed: kernel files
 are loaded with a stand-in for it, because only their jit functions are wanted.
@@ -20,7 +20,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SERIALISED = ("C7511", "C7512", "C7515")  # ptxas: "wgmma serialized", every product waits for the one before
 

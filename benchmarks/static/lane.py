@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.specialisations import Specialisation, collect
+from benchmarks.static.specialisations import Specialisation, collect
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "benchmarks" / "static_worker.py"
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORKER = ROOT / "benchmarks" / "static" / "worker.py"
 RECORD = ROOT / "benchmarks" / "results" / "static.json"
 CACHE = ROOT / ".static"
 
@@ -243,7 +243,3 @@ def main() -> int:
     count = sum(map(len, results.values()))
     console.print(f"static: {len(found)} kernels, {count} builds, {len(failures)} failures")
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

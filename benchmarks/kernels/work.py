@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.op_suite import Case
+from benchmarks.kernels.cases import Case
 
 # FLOPs of the backward pass over the forward pass's: two products for one; attention recomputes its scores.
 BACKWARD_FLOPS = {"attention": 2.5}

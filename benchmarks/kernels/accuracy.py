@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_suite import Case
+from benchmarks.kernels.cases import Case
 from fusekit.kernels.parity import longest_sum, results_and_grads, widen
 
 # Times the error that eager, or rounding alone, would make. Above it a result is not worse, but another one;

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.kernel_suite import Settings, count, label, measure, obstacle, plan, sentence
-from benchmarks.providers import survey
+from benchmarks.kernels.providers import survey
+from benchmarks.kernels.suite import Settings, count, label, measure, obstacle, plan, sentence
 from benchmarks.results_file import KERNEL_SCHEMA, environment, read_kernels, write_results
 from fusekit.ceilings import Ceilings, measure_ceilings
 

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_run import failures, grouped, shown
-from benchmarks.plots import draw
+from benchmarks.kernels.run import failures, grouped, shown
+from benchmarks.report.plots import draw
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #33383f; margin: 2rem auto;

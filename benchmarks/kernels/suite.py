@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.accuracy import Judge
 from benchmarks.clock import Call, Clock, CpuClock, CudaClock, samples
-from benchmarks.op_suite import Case, backward_call, copies, forward_call
-from benchmarks.providers import function
-from benchmarks.rivals import Unfit
-from benchmarks.sweeps import SWEEPS
-from benchmarks.work import Work, work
+from benchmarks.kernels.accuracy import Judge
+from benchmarks.kernels.cases import Case, backward_call, copies, forward_call
+from benchmarks.kernels.providers import function
+from benchmarks.kernels.rivals import Unfit
+from benchmarks.kernels.sweeps import SWEEPS
+from benchmarks.kernels.work import Work, work
 from fusekit.ceilings import Ceilings
 from fusekit.kernels import OPS
 from fusekit.meter import peak_memory, reset_peak

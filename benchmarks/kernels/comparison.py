@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.kernel_run import grouped
+from benchmarks.kernels.run import grouped
 
 ALPHA = 0.05
 RESAMPLES = 2000

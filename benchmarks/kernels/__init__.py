@@ -1,0 +1,1 @@
+"""Op × shape × dtype × direction × provider: the kernel suite behind `fusekit bench`."""

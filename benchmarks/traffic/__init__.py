@@ -1,0 +1,1 @@
+"""Bytes that kernels and model steps move, counted, without a GPU."""
