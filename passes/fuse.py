@@ -23,6 +23,7 @@ from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, New, Rule
 from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
 from fusekit.passes.rules import RULES
+from fusekit.passes.search import find
 from fusekit.passes.spelling import spell, value_of
 
 SEED_RANGE = 2**62
@@ -75,7 +76,7 @@ class _Fuser:
         )  # sorted() keeps equals in the order of RULES
 
     def try_rule(self, rule: Rule, root: fx.Node) -> None:
-        found = rule.traced.find(root)
+        found = find(rule.traced, root)
         if isinstance(found, Match):
             reason = self.apply(found)
             if reason is None:

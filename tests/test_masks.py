@@ -175,6 +175,9 @@ NEARLY: dict[str, Callable[[Tensor], Tensor]] = {
     "flipped": lambda pad: (torch.arange(5)[None, :] <= torch.arange(5)[:, None]).flip(-1),
     "positions from data": lambda pad: pad.cumsum(-1)[:, None, None, :] <= pad.cumsum(-1)[:, None, :, None],
     "of floats": lambda pad: torch.arange(5.0)[None, :] * 0.5 <= torch.arange(5.0)[:, None],
+    "of a type that wraps around": lambda pad: (
+        (torch.arange(5, dtype=torch.int8)[None, :] + 126) - 126 <= torch.arange(5)[:, None]
+    ),
 }
 
 

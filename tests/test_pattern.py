@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusekit.passes.normalise import normalise_graph
 from fusekit.passes.pattern import Match, Miss, New, Rule
+from fusekit.passes.search import find
 
 SHAPES = {"x": "* N", "weight": "M N", "bias": "optional N", "other": "* N"}
 
@@ -24,7 +25,7 @@ def _find(rule: Rule, function: Callable[..., Any], *inputs: Tensor) -> Match | 
     graph = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*inputs)
     normalise_graph(graph)
     root: Any = graph.graph.output_node().args[0]
-    return rule.traced.find(root if isinstance(root, fx.Node) else root[0])
+    return find(rule.traced, root if isinstance(root, fx.Node) else root[0])
 
 
 X, Y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
@@ -159,6 +160,6 @@ def test_symbolic_sizes() -> None:
 
     graph = make_fx(function, pre_dispatch=True, tracing_mode="symbolic")(X, Y)
     normalise_graph(graph)
-    found = sum_of_both.traced.find(graph.graph.output_node().args[0])
+    found = find(sum_of_both.traced, graph.graph.output_node().args[0])
     assert isinstance(found, Match)
     assert isinstance(found.root.meta["val"].shape[0], torch.SymInt), "matching guards on no size"

@@ -1,0 +1,64 @@
+"""Affine forms over whole numbers and conjunctions of `form <= 0`: what a mask of index arithmetic says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+QUERY, KEY = "query", "key"
+
+
+@dataclass(frozen=True)
+class Affine:
+    """constant + sum of coefficient * variable, over whole numbers."""
+
+    constant: int
+    terms: frozenset[tuple[str, int]] = frozenset()
+
+    def plus(self, other: Affine, factor: int = 1) -> Affine:
+        sums = dict(self.terms)
+        for name, coefficient in other.terms:
+            sums[name] = sums.get(name, 0) + factor * coefficient
+        return Affine(
+            self.constant + factor * other.constant, frozenset((n, c) for n, c in sums.items() if c)
+        )
+
+    def times(self, factor: int) -> Affine:
+        return Affine(0).plus(self, factor)
+
+    def never_negative(self) -> bool:
+        return self.constant >= 0 and all(coefficient >= 0 for _, coefficient in self.terms)
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """All of: `atom <= 0` for each atom. No atoms: true everywhere."""
+
+    atoms: frozenset[Affine] = frozenset()
+
+    def also(self, other: Predicate) -> Predicate:
+        return Predicate(self.atoms | other.atoms)
+
+    def opposite(self) -> Predicate | None:
+        """not (a <= 0) is 1 - a <= 0; the opposite of several atoms at once is no conjunction."""
+        if len(self.atoms) != 1:
+            return None
+        (atom,) = self.atoms
+        return Predicate(frozenset({Affine(1).plus(atom, -1)}))
+
+
+TRUE = Predicate()
+CAUSAL = Predicate(frozenset({Affine(0, frozenset({(KEY, 1), (QUERY, -1)}))}))
+Index = tuple[Affine, ...]
+ZERO = Affine(0)
+
+
+def variables(rank: int) -> Index:
+    names = [*(f"dim{-i}" for i in range(rank, 2, -1)), QUERY, KEY][-rank:] if rank else []
+    return tuple(Affine(0, frozenset({(name, 1)})) for name in names)
+
+
+def simplified(found: Predicate) -> Predicate | None:
+    """Without the atoms that are constant and true; None where one is false everywhere."""
+    if any(not atom.terms and atom.constant > 0 for atom in found.atoms):
+        return None
+    return Predicate(frozenset(atom for atom in found.atoms if atom.terms))
