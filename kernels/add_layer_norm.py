@@ -174,17 +174,15 @@ def _backward_native(
     dy: Tensor, dh: Tensor | None, h: Tensor, mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    backward = torch.ops.aten.native_layer_norm_backward.default
     N = h.shape[-1]
     scale = h.new_ones(N, dtype=torch.float32) if weight is None else weight.float()
-    statistics = [t.view(*h.shape[:-1], 1) for t in (mean, rstd)]
-    exact = h.dtype == torch.float32
-    mask = needed if exact else [needed[0], False, False]
-    dx, *sums = backward(dy, h, (N,), *statistics, scale, scale, mask)
-    if dx is not None and dh is not None:
-        dx += dh
-    if not exact and any(needed[1:]):
-        sums = _native_sums(dy, h, mean, rstd, scale, needed[1:])
+    if h.dtype == torch.float32:
+        statistics = [t.view(*h.shape[:-1], 1) for t in (mean, rstd)]
+        dx, *sums = _aten_backward(dy, h, (N,), *statistics, scale, scale, needed)
+        if dx is not None and dh is not None:
+            dx += dh
+    else:
+        dx, *sums = _backward_widened(dy, dh, h, mean, rstd, scale, needed)
     for i, parameter in enumerate((weight, bias)):
         if sums[i] is not None and parameter is not None:
             sums[i] = sums[i].to(parameter.dtype)
@@ -192,24 +190,28 @@ def _backward_native(
     return dx, dweight, dbias
 
 
-def _native_sums(
-    dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, needed: list[bool]
-) -> list[Tensor | None]:
-    """dweight and dbias in float32, rows widened first: ATen sums in h's dtype, in bfloat16 30 floors off."""
+_aten_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+def _backward_widened(
+    dy: Tensor, dh: Tensor | None, h: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, needed: list[bool]
+) -> list[Any]:
+    """dx rounded once, and float32 sums: ATen would sum in h's dtype, in bfloat16 30 floors off."""
     N = h.shape[-1]
-    totals = [h.new_zeros(N, dtype=torch.float32) if need else None for need in needed]
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format) if needed[0] else None
+    totals = [h.new_zeros(N, dtype=torch.float32) if need else None for need in needed[1:]]
     buffers: tuple[Tensor, ...] = ()
-    rows = dy.reshape(-1, N), h.reshape(-1, N), mean[:, None], rstd[:, None]
-    for dy_rows, h_rows, *statistics in row_chunks(*rows):
+    rows = (t if t is None else t.reshape(-1, N) for t in (dy, h, dh, dx))
+    for dy_rows, h_rows, dh_rows, out, *statistics in row_chunks(*rows, mean[:, None], rstd[:, None]):
         buffers = buffers or tuple(torch.empty_like(h_rows, dtype=torch.float32) for _ in range(2))
         wide = widened(dy_rows, buffers[0]), widened(h_rows, buffers[1])
-        _, *sums = torch.ops.aten.native_layer_norm_backward.default(
-            *wide, (N,), *statistics, scale, scale, [False, *needed]
-        )
-        for total, part in zip(totals, sums, strict=True):
+        part, *sums = _aten_backward(*wide, (N,), *statistics, scale, scale, needed)
+        if out is not None:
+            out.copy_(part if dh_rows is None else part.add_(widened(dh_rows, buffers[0])))
+        for total, summand in zip(totals, sums, strict=True):
             if total is not None:
-                total += part
-    return totals
+                total += summand
+    return [dx, *totals]
 
 
 def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

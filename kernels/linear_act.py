@@ -281,9 +281,15 @@ def supports(
         return f"bias {_shape(bias)} is not ({N},), one value per output feature"
     if residual is not None and residual.shape != (*x.shape[:-1], N):
         return f"residual {_shape(residual)} is not of y's shape {(*x.shape[:-1], N)}; expand it first"
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            return f"x is {x.dtype} and {name} is {tensor.dtype}; cast one, or call under torch.autocast"
+    parameters = weight.dtype if linear_cpu.mixes(x, weight) else x.dtype
+    for name, tensor, dtype in (
+        ("weight", weight, parameters),
+        ("bias", bias, parameters),
+        ("residual", residual, x.dtype),
+    ):
+        if tensor is not None and tensor.dtype != dtype:
+            other = "x" if dtype == x.dtype else "weight"
+            return f"{other} is {dtype} and {name} is {tensor.dtype}; cast one, or call under torch.autocast"
     return not_runnable(x, weight, bias, residual)
 
 

@@ -4,7 +4,9 @@ Where the processor multiplies x's low precision dtype (AMX, AVX512-BF16, AVX512
 activation on its float32 accumulator, so y is rounded once; z is a second product, since the gelu of a
 rounded z is off by several roundings in its tail. Elsewhere ATen emulates such products, and float32 ones
 over blocks of widened rows take their place: 2048 x 384 x 1536 in bfloat16, one thread of an AVX2 processor,
-38 ms against 315 of eager's. No float32 copy of a whole activation is made.
+38 ms against 315 of eager's. No float32 copy of a whole activation is made. There weight and bias may be
+float32 beside a narrower x: rounding them would cost two passes a step and buy nothing, so the product reads
+the master weights and their gradients leave in float32.
 """
 
 from __future__ import annotations
@@ -124,19 +126,29 @@ def backward(
             torch.mm(dz.t(), x, out=grad_weight)
         return
     weight = weight.float()
-    wide_weight = torch.zeros_like(weight) if grad_weight is not None else None
-    wide_bias = torch.zeros(weight.shape[0]) if grad_bias is not None else None
+    wide_weight, wide_bias = _accumulator(grad_weight), _accumulator(grad_bias)
     for rows in _row_blocks(*grad.shape):
         dz = _widened_dact(grad[rows], None if saved is None else saved[rows], act)
         if grad_input is not None:
             grad_input[rows] = dz @ weight
         if wide_weight is not None and x is not None:
-            wide_weight.addmm_(dz.t(), x[rows].float())
+            # beta=0 ignores what the new memory held: the first block need not find zeros
+            wide_weight.addmm_(dz.t(), x[rows].float(), beta=0 if rows.start == 0 else 1)
         if wide_bias is not None:
-            wide_bias += dz.sum(0)
+            torch.sum(dz, 0, out=wide_bias) if rows.start == 0 else wide_bias.add_(dz.sum(0))
     for narrow, wide in ((grad_weight, wide_weight), (grad_bias, wide_bias)):
         if narrow is not None and wide is not None:
-            narrow.copy_(wide)
+            if not len(grad):
+                wide.zero_()
+            if narrow is not wide:
+                narrow.copy_(wide)
+
+
+def _accumulator(grad: Tensor | None) -> Tensor | None:
+    """float32 memory for a gradient summed over blocks: its own where it is float32."""
+    return (
+        grad if grad is None or grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
+    )
 
 
 @cache
@@ -152,8 +164,15 @@ def multiplies(dtype: torch.dtype) -> bool:
     return native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def mixes(x: Tensor, parameter: Tensor) -> bool:
+    """Whether a product of x may read this parameter in float32: a CPU that would widen both anyway."""
+    return parameter.dtype == torch.float32 and x.device.type == "cpu" and not multiplies(x.dtype)
+
+
 def _row_blocks(M: int, N: int, size: int | None = None) -> Iterator[slice]:
-    rows = max(64, (size or BLOCK_BYTES) // (4 * max(N, 1)))
+    """Blocks of rows of equal length, but for the last."""
+    most = max(64, (size or BLOCK_BYTES) // (4 * max(N, 1)))
+    rows = max(64, -(-M // max(1, -(-M // most))))
     return (slice(start, min(start + rows, M)) for start in range(0, M, rows))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusekit.kernels import OPS
+from fusekit.kernels import OPS, linear_cpu
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import call_checkpoint
@@ -104,7 +104,7 @@ class Lowering:
         elif policy is Policy.LOW and self._is_emulated(node):
             self._widen(node)
         elif policy in (Policy.LOW, Policy.NORM):
-            self._bring_down(node, node.all_input_nodes if policy is Policy.LOW else _nodes(node.args[:2]))
+            self._bring_down(node, self._low_inputs(node) if policy is Policy.LOW else _nodes(node.args[:2]))
             self._update(node)
         elif policy is Policy.FLOAT32:
             self._bring_up(node)  # inputs as captured, so the value is as well
@@ -138,9 +138,11 @@ class Lowering:
     def _widen(self, node: fx.Node) -> None:
         self.emulated = True
         if node.target is aten.linear.default and not node.kwargs:
-            self._bring_down(node, node.all_input_nodes)
-            if OPS["linear_act"].supports(*fx.map_arg(node.args, lambda n: n.meta["val"])) is None:
-                node.target = torch.ops.fusekit.linear_act.default
+            node.target = torch.ops.fusekit.linear_act.default
+            self._bring_down(node, self._low_inputs(node))
+            if OPS["linear_act"].supports(*fx.map_arg(node.args, lambda n: n.meta["val"])) is not None:
+                node.target = aten.linear.default
+                self._bring_down(node, node.all_input_nodes)
             propagate(node)
             self._changed.add(node)
             return
@@ -148,6 +150,21 @@ class Lowering:
         readers = [user for user in node.users if user.op != "output"]
         for reader in readers:
             self._replace(reader, node, self._cast(node, self.low, min(readers)))
+
+    def _low_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """What a product takes in the low dtype: where a CPU widens its operands, not the parameters."""
+        inputs = node.all_input_nodes
+        if node.target is not torch.ops.fusekit.linear_act.default or linear_cpu.multiplies(self.low):
+            return inputs
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        parameters = {n for n in node.args[1:3] if isinstance(n, fx.Node)}
+        if x.meta["val"].device.type != "cpu" or not all(map(self._stays_wide, parameters)):
+            return inputs
+        return [n for n in inputs if n not in parameters or n is x or n in node.args[3:]]
+
+    def _stays_wide(self, source: fx.Node) -> bool:
+        return self._is_single(source) and self._is_parameter(source)
 
     def _bring_down(self, node: fx.Node, inputs: Iterable[fx.Node]) -> None:
         for source in inputs:

@@ -23,6 +23,7 @@ def assert_parity(args, **options):
 
 
 def _eager(x, weight, bias=None, residual=None, act="none", tf32=False):
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = ACTIVATIONS[act].reference(F.linear(x, weight, bias))
     return y if residual is None else y + residual
 
@@ -39,6 +40,27 @@ def test_widened_products_round_once(act, monkeypatch):
     monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: dtype == torch.float32)
     args = (torch.randn(70, 65).bfloat16(), torch.randn(72, 65).bfloat16() / 8, torch.randn(72).bfloat16())
     assert_parity((*args, torch.randn(70, 72).bfloat16(), act), inherent=False)
+
+
+@pytest.mark.parametrize("act", ["none", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_widened_products_read_float32_parameters(act, dtype, monkeypatch):
+    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(linear_cpu, "BLOCK_BYTES", 1)
+    x, residual = ((torch.randn(s) / 2).to(dtype).requires_grad_() for s in ((201, 33), (201, 40)))
+    weight, bias = (torch.randn(40, 33) / 4).requires_grad_(), torch.randn(40).requires_grad_()
+    assert_parity((x, weight, bias, residual, act), inherent=True)
+    y = OP.fused(x, weight, bias, residual, act)
+    grads = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert [t.dtype for t in (y, *grads)] == [dtype, dtype, torch.float32, torch.float32]
+    assert "weight is torch.float32 and bias is" in OP.supports(x, weight, bias.to(dtype))
+    empty = torch.autograd.grad(OP.fused(x[:0], weight, bias, None, act).sum(), (weight, bias))
+    assert not any(t.any() for t in empty)
+
+
+def test_a_processor_that_multiplies_low_precision_wants_low_parameters(monkeypatch):
+    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
+    assert "weight is torch.float32; cast one" in OP.supports(X.bfloat16(), W)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

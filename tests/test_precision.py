@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from fusekit.kernels import linear_cpu
 from fusekit.passes import lowering
 from fusekit.passes.autocast import materialise_autocast
 from fusekit.passes.canonicalise import bodies, canonicalise
@@ -326,6 +327,22 @@ def test_without_matrix_instructions_products_are_widened(monkeypatch: pytest.Mo
     assert compiled.dtypes(aten.scaled_dot_product_attention) == [F32, F32]
     assert compiled.dtypes(aten.gelu) == [BF16, BF16]
     assert compiled.regions[0].notes[0].startswith("this CPU has no bfloat16 matrix instructions")
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_widened_products_read_the_master_weights(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without 16-bit units no low copy of a linear's parameters exists; with them every one is cast."""
+    for module in (lowering, linear_cpu):
+        monkeypatch.setattr(module, "multiplies", lambda dtype: has_units or dtype == F32)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4, bias=False)), torch.randn(4, 8)
+    compiled, result = lowered(model, x)
+    assert len(compiled.regions[0].input_casts) == (3 if has_units else 0)
+    if not has_units:
+        weights = [n.args[1] for n in compiled.nodes() if n.target is torch.ops.fusekit.linear_act.default]
+        assert [w.meta["val"].dtype for w in weights] == [F32, F32]
+        grads = torch.autograd.grad(result.sum(), model.parameters())
+        expected = torch.autograd.grad(model(x).sum(), model.parameters())
+        assert all(torch.allclose(a, b, rtol=3e-2, atol=3e-2) for a, b in zip(grads, expected, strict=True))
 
 
 def test_tf32_on_a_cpu_is_a_note() -> None:
