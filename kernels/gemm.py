@@ -1,160 +1,54 @@
-r"""One tiled matrix product for all three of a linear layer, any strides, with the forward's epilogue.
+r"""One matrix product for all three of a linear layer, any strides, with forward and backward epilogues.
 
-    output = act(a @ b + bias) + residual          a (M, K), b (K, N), float32 accumulator, one rounding
+    forward     output = dropout(act(a @ b + bias)) + residual
+    backward    output = dropout'(a @ b) * act'(z),   h = dropout(act(z)),   grad_bias = column sums of output
 
-Transposes are strides, so grad_input = dz @ weight and grad_weight = dz.T @ x are the same kernel. Without an
-epilogue, K may be split over programs: each writes a float32 partial and a second pass adds them in order, so
-the result is the same every run. Programs are grouped so that neighbours share rows of a and columns of b.
+a (M, K), b (K, N), float32 accumulator, one rounding. Transposes are strides, so grad_input = dz @ weight and
+grad_weight = dz.T @ x are the same kernels and nothing is copied. The backward form is the grad_input of a
+second linear with the first's activation behind it: h is what that second linear read, computed again.
 
-TILES holds what compiles clean for sm_80, sm_90 and sm_100 with Triton 3.6 and 3.8: no spill, and no wgmma
-that ptxas serialises, which on Triton 3.6 rules out the textbook 128 x 256 tile with 8 warps.
+Without an epilogue, K may be split over programs: each writes a float32 partial and a second pass adds them
+in order, so the result is the same every run; so are a bias gradient's partials, one a block of rows.
+
+Kernels: gemm_kernels.py. Which configuration runs: config_table.py. Everything that depends on shapes,
+strides, dtypes and alignment only is settled once and kept in a plan, for the host's time counts as well.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusekit.kernels._triton import tl, triton
+from fusekit.kernels import config_table
+from fusekit.kernels._triton import triton
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.launch import launch
+from fusekit.kernels.config_table import Config
+from fusekit.kernels.gemm_kernels import persistent_kernel, sum_kernel, tile_kernel
+from fusekit.kernels.launch import Repeated, recorded_target, recording
 
-SMS = 132  # streaming multiprocessors of an H100 or H200; only the choice of a tile and of splits rests on it
-GROUP_M = tl.constexpr(8)
+GROUP = 8  # block rows that neighbouring programs share
 SUM_ELEMENTS = 2048  # of partial sums that one program reads at once
+MOST_PLANS = 4096  # then all are dropped: shapes that never come again must not fill the memory
 
 
-class Tile(NamedTuple):
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
+class Plan(NamedTuple):
+    """What is settled for one kind of call.
+
+    swapped: output is column-major, so b.T @ a.T is computed into output.T.
+    integers: the kernel's sizes and strides.
+    """
+
+    start: Repeated
+    integers: tuple[int, ...]
+    config: Config
+    splits: int
+    swapped: bool
 
 
-# large: such tiles occupy most of the device. split: they do not, and K is long enough to share; 4 warps,
-# since Triton 3.6 serialises the wgmma of 8 with a float32 output. ragged: rows are not 16 bytes apart, so
-# elements are loaded one by one, through registers.
-TILES = {
-    ("half", "large"): Tile(128, 128, 64, 8, 3),
-    ("half", "split"): Tile(128, 128, 64, 4, 3),
-    ("half", "small"): Tile(64, 64, 64, 8, 4),
-    ("half", "ragged"): Tile(64, 64, 32, 8, 2),
-    ("tf32", "large"): Tile(64, 64, 32, 8, 4),
-    ("tf32", "split"): Tile(64, 64, 32, 8, 4),
-    ("tf32", "small"): Tile(64, 64, 32, 8, 4),
-    ("tf32", "ragged"): Tile(64, 64, 32, 8, 2),
-    ("ieee", "large"): Tile(64, 64, 16, 8, 3),
-    ("ieee", "split"): Tile(64, 64, 16, 8, 3),
-    ("ieee", "small"): Tile(64, 64, 16, 8, 3),
-    ("ieee", "ragged"): Tile(64, 32, 16, 8, 2),
-}
-
-
-@triton.jit
-def _gemm_kernel(
-    a_ptr, b_ptr, output_ptr, bias_ptr, residual_ptr, z_ptr,
-    M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_rm, stride_rn,
-    ACT: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP_M * blocks_n)
-    group_rows = min(blocks_m - group * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * blocks_n)
-    block_m = group * GROUP_M + within % group_rows
-    block_n = within // group_rows
-
-    # Rows and columns past the end wrap around instead of being masked: the loop stays free of predicates,
-    # and what they compute is not stored. Offsets are 64 bits wide: they may pass 2^31 elements.
-    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
-
-    steps = tl.cdiv(K, BLOCK_K)
-    if SPLITS > 1:
-        steps = steps // SPLITS  # exact: so chosen
-    first = tl.program_id(1) * steps
-
-    start = (first * BLOCK_K + depth).to(tl.int64)
-    a_ptrs = a_ptr + (rows % M).to(tl.int64)[:, None] * stride_am + start[None, :] * stride_ak
-    b_ptrs = b_ptr + start[:, None] * stride_bk + (columns % N).to(tl.int64)[None, :] * stride_bn
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, steps):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        else:
-            inside = depth < K - (first + step) * BLOCK_K
-            a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
-
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    wide_rows, wide_columns = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
-    offsets = wide_rows * stride_om + wide_columns * stride_on
-    if SPLITS > 1:
-        output_ptr += tl.program_id(1).to(tl.int64) * M * N
-    if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if z_ptr is not None:
-        tl.store(z_ptr + offsets, accumulator.to(z_ptr.dtype.element_ty), mask=mask)
-    output = ACT(accumulator)
-    if residual_ptr is not None:
-        residual = wide_rows * stride_rm + wide_columns * stride_rn
-        output += tl.load(residual_ptr + residual, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output_ptr + offsets, output.to(output_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_kernel(partial_ptr, total_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first in range(0, P, BLOCK_P):
-        rows = first + tl.arange(0, BLOCK_P)
-        mask = (rows < P)[:, None] & (columns < N)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
-        total += tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
-    tl.store(total_ptr + columns, total.to(total_ptr.dtype.element_ty), mask=columns < N)
-
-
-def sum_partials(partials: Tensor, total: Tensor) -> None:
-    """Add (P, ...) float32 partials in a fixed order into `total`, of the remaining shape and contiguous."""
-    P, N = partials.shape[0], total.numel()
-    block_p = min(32, triton.next_power_of_2(P))
-    block_n = SUM_ELEMENTS // block_p
-    launch(_sum_kernel, (triton.cdiv(N, block_n),), partials, total, P, N,
-           BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)  # fmt: skip
-
-
-def choose(kind: str, M: int, N: int, K: int, splittable: bool) -> tuple[Tile, int]:
-    """The tile and the number of splits of K, exact, for one product of aligned rows."""
-    tile = TILES[kind, "large"]
-    blocks = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
-    if blocks >= SMS * 3 // 4:
-        return tile, 1
-    if splittable and blocks:  # at least 8 steps of K each, or the partials' traffic outweighs the occupancy
-        tile = TILES[kind, "split"]
-        steps = triton.cdiv(K, tile.k)
-        splits = max((s for s in range(1, min(SMS // blocks, steps // 8) + 1) if steps % s == 0), default=1)
-        if blocks * splits >= SMS // 2:
-            return tile, splits
-    return TILES[kind, "small"], 1
-
-
-def _aligned(x: Tensor | None) -> bool:
-    """Whether 16 bytes of x load at once."""
-    if x is None:
-        return True
-    row, column = x.stride()
-    elements = 16 // x.element_size()
-    return min(row, column) == 1 and max(row, column) % elements == 0 and x.storage_offset() % elements == 0
+_plans: dict[tuple[Any, ...], Plan] = {}
+_sums: dict[tuple[Any, ...], Repeated] = {}
 
 
 def matmul(
@@ -167,35 +61,154 @@ def matmul(
     residual: Tensor | None = None,
     z: Tensor | None = None,
     tf32: bool = False,
+    dact: str | None = None,
+    h: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    seed_offset: int = 0,
+    config: Config | None = None,
+    splits: int = 1,
 ) -> None:
-    """Compute act(a @ b + bias) + residual into `output`, and a @ b + bias into `z`.
+    """Compute one of the two forms of the module's docstring into `output`.
 
     Args:
         a: (M, K), any strides; K may be 0.
         b: (K, N), any strides, of a's dtype.
         output: (M, N), any strides.
-        bias: (N,) contiguous.
+        bias: (N,) contiguous, added before act.
+        act: of the forward form.
         residual: (M, N), any strides.
-        z: (M, N) with output's strides.
+        z: (M, N) with output's strides. Forward: where a @ b + bias is stored. Backward: the same, read.
         tf32: multiply float32 through tensor cores, operands rounded to 10 mantissa bits.
+        dact: the activation whose derivative at z makes this the backward form; then no bias, act, residual.
+        h: (M, N) with output's strides; backward: where dropout(act(z)) is stored.
+        grad_bias: (N,) contiguous; backward: where the column sums of output are stored.
+        dropout: probability, of either form; element (i, j) is dropped by number i N + j of Philox.
+        seed: one int64 element, needed where dropout is not 0.
+        seed_offset: added to the seed.
+        config, splits: instead of the table's choice, for tuning and tests.
     """
-    plain = bias is None and residual is None and z is None and act == "none"
-    if plain and output.stride(0) == 1 and output.stride(1) != 1:  # column-major: the transposed product
+    seed = seed if dropout else None
+    tensors = (a, b, output, bias, residual, z, h, grad_bias, seed)
+    if recording():
+        plan = _plan(tensors, act, tf32, dact, config, splits, 0)
+    else:
+        key = (act, dact, tf32, config, splits, a.get_device(), a.shape, b.shape, *map(_kind_of, tensors))
+        found = _plans.get(key)
+        if found is None:
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            aligned = all(t is None or not t.data_ptr() & 15 for t in (a, b))
+            found = _plans[key] = _plan(tensors, act, tf32, dact, config, splits, 0 if aligned else 1)
+        plan = found
+    if plan.swapped:
+        a, b, output = b.t(), a.t(), output.t()
+    target, partials = output, None
+    if plan.splits > 1:
+        target = output.new_empty((plan.splits, *output.shape), dtype=torch.float32)
+    if grad_bias is not None:
+        rows = -(-output.shape[0] // plan.config.m)
+        partials = output.new_empty((rows, output.shape[1]), dtype=torch.float32)
+    plan.start(
+        a, b, target, bias, residual, z, h, partials, seed, *plan.integers, seed_offset, float(dropout)
+    )
+    if plan.splits > 1:
+        sum_partials(target, output)
+    if partials is not None and grad_bias is not None:
+        sum_partials(partials, grad_bias)
+
+
+def _kind_of(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15)
+
+
+def _plan(
+    tensors: tuple[Any, ...],
+    act: str,
+    tf32: bool,
+    dact: str | None,
+    config: Config | None,
+    splits: int,
+    misaligned: int,
+) -> Plan:
+    a, b, output, _, residual, _, _, _, seed = tensors
+    plain = all(t is None for t in tensors[3:]) and act == "none" and dact is None
+    swapped = plain and output.stride(0) == 1 and output.stride(1) != 1
+    if swapped:
         a, b, output = b.t(), a.t(), output.t()
     (M, K), N = a.shape, b.shape[1]
     kind = "half" if a.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    tile, splits = TILES[kind, "ragged"], 1
-    if all(map(_aligned, (a, b, output, residual))):
-        tile, splits = choose(kind, M, N, K, splittable=plain and output.is_contiguous())
-    target = output if splits == 1 else output.new_empty((splits, M, N), dtype=torch.float32)
-    residual_strides = (0, 0) if residual is None else residual.stride()
-    launch(
-        _gemm_kernel, (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), splits),
-        a, b, target, bias, residual, z, M, N, K,
-        *a.stride(), *b.stride(), *target.stride()[-2:], *residual_strides,
-        ACT=ACTIVATIONS[act].kernel, PRECISION="tf32" if tf32 else "ieee", SPLITS=splits,
-        EVEN_K=K % tile.k == 0, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        sum_partials(target, output)
+    if config is None:
+        layout = "s" if misaligned else _layout(a, b)
+        epilogue = "plain" if plain else "dropout" if seed is not None else "backward" if dact else "forward"
+        # Split partials are laid out in rows, as only a contiguous output is.
+        splittable = plain and output.is_contiguous()
+        config, splits = config_table.choose(_table(a), kind, layout, epilogue, M, N, K, splittable)
+    backward = None if dact is None else ACTIVATIONS[dact].kernel_backward
+    tiles = -(-M // config.m) * -(-N // config.n)
+    strides_out = (N, 1) if splits > 1 else output.stride()
+    strides = (*strides_out, *((0, 0) if residual is None else residual.stride()))
+    meta: dict[str, Any] = {
+        "ACT": ACTIVATIONS[dact or act].kernel,
+        "DACT": backward,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "SPLITS": splits,
+        "BLOCK_M": config.m,
+        "BLOCK_N": config.n,
+        "BLOCK_K": config.k,
+        "GROUP": GROUP,
+        "PARTS": config.parts,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    if config.kernel == "persistent":
+        a_rows, b_rows = a.stride(1) == 1, b.stride(1) == 1
+        strides = (a.stride(0 if a_rows else 1), b.stride(0 if b_rows else 1), *strides)
+        meta |= {"A_ROWS": a_rows, "B_ROWS": b_rows, "SPECIALISE": config.specialise}
+        grid: tuple[int, ...] = (min(tiles * splits, _table(a).sms),)
+        start = Repeated(persistent_kernel, grid, scratch=True, **meta)
+    else:
+        strides = (*a.stride(), *b.stride(), *strides)
+        start = Repeated(tile_kernel, (tiles, splits), EVEN_K=K % config.k == 0, **meta)
+    return Plan(start, (M, N, K, *strides), config, splits, swapped)
+
+
+def _table(x: Tensor) -> config_table.Table:
+    if recording():
+        return config_table.load(recorded_target())
+    return config_table.for_device(max(x.get_device(), 0))
+
+
+def _layout(a: Tensor, b: Tensor) -> str:
+    """Letters of a and b: n, rows contiguous and 16 bytes apart; t, columns; "s" where either is neither."""
+    letters = _letter(a) + _letter(b)
+    return "s" if "s" in letters or not a.shape[1] else letters
+
+
+def _letter(x: Tensor) -> str:
+    elements = 16 // x.element_size()
+    if x.storage_offset() % elements:
+        return "s"
+    for letter, contiguous, other in (("n", 1, 0), ("t", 0, 1)):
+        apart = x.stride(other)
+        if x.stride(contiguous) == 1 and apart % elements == 0 and apart >= x.shape[contiguous]:
+            return letter
+    return "s"
+
+
+def sum_partials(partials: Tensor, total: Tensor) -> None:
+    """Add (P, ...) float32 partials in a fixed order into `total`, of the remaining shape and contiguous."""
+    P, N = partials.shape[0], total.numel()
+    key = P, N, total.dtype, total.get_device(), 0 if recording() else total.data_ptr() & 15
+    start = _sums.get(key)
+    if start is None:
+        if len(_sums) >= MOST_PLANS:
+            _sums.clear()
+        block_p = min(32, triton.next_power_of_2(P))
+        block_n = SUM_ELEMENTS // block_p
+        grid = (-(-N // block_n),)
+        start = Repeated(sum_kernel, grid, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)
+        if not recording():
+            _sums[key] = start
+    start(partials, total, P, N)

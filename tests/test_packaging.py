@@ -68,6 +68,7 @@ def test_wheel_is_pure_python_and_whole(wheel: Path) -> None:
     ):
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{file.relative_to(ROOT / folder)}" in names
+    assert {f"fusekit/kernels/configs/sm_{arch}.json" for arch in (80, 90, 100)} <= names
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top == {"fusekit"}, "a top-level package named kernels would shadow Hugging Face's"
 

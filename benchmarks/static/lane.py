@@ -79,6 +79,8 @@ def plan(specialisations: Iterable[Specialisation], everything: bool) -> dict[st
     for specialisation in specialisations:
         for version in PYTHONS:
             for arch in ARCHITECTURES:
+                if f"sm_{arch}" not in specialisation.targets:
+                    continue
                 if everything or _planned(specialisation, (version, arch) == GPU_MACHINE):
                     job = {**dataclasses.asdict(specialisation), "key": specialisation.key, "arch": arch}
                     jobs[version].append(job)
@@ -150,7 +152,9 @@ def _feed(pipe: Any, jobs: list[dict[str, Any]]) -> None:
 
 def _cache_file(version: str, job: dict[str, Any]) -> Path:
     """Named by what decides the figures: the job, which holds a hash of the kernel's source, and Triton."""
-    text = json.dumps([version, _worker(), {k: v for k, v in job.items() if k != "bench"}], sort_keys=True)
+    text = json.dumps(
+        [version, _worker(), {k: v for k, v in job.items() if k not in ("bench", "targets")}], sort_keys=True
+    )
     return CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 

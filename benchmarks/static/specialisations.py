@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.static import products
 from fusekit.kernels import OPS
 from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.op import DTYPES, Op
@@ -28,6 +29,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 ALIGNMENT = 16
+ALL_TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Specialisation:
 
     bench: a sample of real model size needs it, not only the small odd ones of the tests.
     source: a hash of the kernel's code and of all it calls.
+    targets: the architectures that start it, for tables of configurations differ.
     """
 
     module: str
@@ -46,6 +49,7 @@ class Specialisation:
     options: dict[str, Any]
     bench: bool = True
     source: str = ""
+    targets: tuple[str, ...] = ALL_TARGETS
 
     @property
     def key(self) -> str:
@@ -140,14 +144,26 @@ def _forward_and_backward(op: Op, args: tuple[Any, ...]) -> None:
 
 
 def collect() -> dict[str, Specialisation]:
-    """Every specialisation that a sample of an op needs, forward and backward, by key."""
+    """Every specialisation that a sample of an op or a row of a table needs, by key."""
     found: dict[str, Specialisation] = {}
-    for op in OPS.values():
-        with FakeTensorMode():
+    with FakeTensorMode():
+        for op in OPS.values():
             for args, bench in _calls(op):
-                with record() as launches:
-                    _forward_and_backward(op, args)
-                for start in filter(lambda start: all(start.grid), launches):
-                    specialisation = specialise(start, bench)
-                    found.setdefault(specialisation.key, specialisation)
+                for target in ALL_TARGETS:
+                    with record(target) as launches:
+                        _forward_and_backward(op, args)
+                    for start in filter(lambda start: all(start.grid), launches):
+                        _add(found, specialise(start, bench), target)
+        for target, row in products.tables():
+            for dtype in products.dtypes(row):
+                for start in products.launches(row, target, dtype):
+                    _add(found, specialise(start), target)
     return found
+
+
+def _add(found: dict[str, Specialisation], new: Specialisation, target: str) -> None:
+    known = found.get(new.key)
+    if known is None:
+        found[new.key] = replace(new, targets=(target,))
+    elif target not in known.targets:
+        found[new.key] = replace(known, targets=(*known.targets, target))

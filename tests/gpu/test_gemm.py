@@ -1,0 +1,158 @@
+"""Matrix products: every configuration of the tables, layouts, splits, forward and backward epilogues."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusekit.kernels import config_table, philox
+from fusekit.kernels.activations import ACTIVATIONS
+from fusekit.kernels.config_table import Config, Row
+from fusekit.kernels.gemm import matmul
+
+DTYPES = {"half": (torch.bfloat16, torch.float16), "tf32": (torch.float32,), "ieee": (torch.float32,)}
+
+
+def rows() -> list[Row]:
+    """Each distinct configuration of all tables once, with all it serves."""
+    found: dict[tuple[str, Config], Row] = {}
+    for file in sorted(config_table.FOLDER.glob("*.json")):
+        for row in config_table.load(file.stem).rows:
+            before = found.get((row.kind, row.config))
+            if before is None or len(row.epilogues) > len(before.epilogues):
+                found[row.kind, row.config] = row
+    return list(found.values())
+
+
+def label(row: Row) -> str:
+    c = row.config
+    return f"{row.kind}-{c.kernel}-{c.m}x{c.n}x{c.k}-w{c.num_warps}-s{c.num_stages}-{'-'.join(row.layouts)}"
+
+
+def tensor(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to("cuda", dtype)
+
+
+def operand(rows: int, columns: int, letter: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """(rows, columns): n is row-major, t column-major, s has no two elements side by side."""
+    if letter == "t":
+        return tensor(columns, rows, dtype=dtype, seed=seed).t()
+    if letter == "s":
+        return tensor(rows, columns, 2, dtype=dtype, seed=seed)[:, :, 1]
+    return tensor(rows, columns, dtype=dtype, seed=seed)
+
+
+def rounded(x: Tensor, tf32: bool) -> Tensor:
+    """float64 of what the tensor cores read."""
+    return x.double() if not tf32 else (x.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+
+
+def assert_close(found: Tensor, exact: Tensor, K: int, tf32: bool = False) -> None:
+    """Within 1.1 roundings to the dtype plus float32 accumulation, over all and in the worst row."""
+    eps = 2.0**-10 if tf32 else torch.finfo(torch.float32).eps * max(K, 1) ** 0.5
+    error = found.double() - exact
+    floor = exact.to(found.dtype).double() - exact
+    assert torch.isfinite(found).all()
+    assert error.norm() <= 1.1 * floor.norm() + eps * exact.norm()
+    assert (error.norm(dim=-1) <= 1.6 * floor.norm(dim=-1) + 4 * eps * exact.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("row", rows(), ids=label)
+def test_every_configuration_of_the_tables(row: Row) -> None:
+    """Two ragged tiles and two steps of K, through the epilogue with most in it that the row serves."""
+    config, dtype = row.config, DTYPES[row.kind][0]
+    M, N, K = config.m + 8, config.n - 24, config.k + 8
+    tf32 = row.kind == "tf32"
+    letters = "ss" if row.layouts[0] == "s" else row.layouts[0]
+    a, b = operand(M, K, letters[0], dtype, 1), operand(K, N, letters[1], dtype, 2)
+    exact = rounded(a, tf32) @ rounded(b, tf32)
+    output = torch.empty(M, N, device="cuda", dtype=dtype)
+    if row.epilogues == ("plain",):
+        matmul(a, b, output, tf32=tf32, config=config)
+    else:
+        bias, residual = tensor(N, dtype=dtype, seed=3), tensor(M, N, dtype=dtype, seed=4)
+        z = torch.empty_like(output)
+        matmul(a, b, output, bias=bias, act="silu", residual=residual, z=z, tf32=tf32, config=config)
+        exact = exact + bias.double()
+        assert_close(z, exact, K, tf32)
+        exact = torch.nn.functional.silu(exact) + residual.double()
+    assert_close(output, exact, K, tf32)
+
+
+SMALL = Config("tile", 64, 64, 32, 8, 2)
+PERSISTENT = Config("persistent", 64, 64, 32, 4, 2, 2)
+both = pytest.mark.parametrize("config", [SMALL, PERSISTENT], ids=["tile", "persistent"])
+
+
+@both
+@pytest.mark.parametrize("layout", ["nn", "tn", "tt"])
+def test_layouts_and_splits(config: Config, layout: str) -> None:
+    """Three splits of four steps: the last has none, and what it adds is zero."""
+    M, N, K = 72, 136, 104
+    a, b = (
+        operand(r, c, x, torch.float16, i)
+        for i, (r, c, x) in enumerate(zip((M, K), (K, N), layout, strict=True))
+    )
+    output = torch.empty(M, N, device="cuda", dtype=torch.float16)
+    matmul(a, b, output, config=config, splits=3)
+    assert_close(output, a.double() @ b.double(), K)
+
+
+@both
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_backward_epilogue(config: Config, dropout: float) -> None:
+    """dz = dropout'(dy @ W) act'(z), h = dropout(act(z)) and the bias gradient, from one product."""
+    M, N, K = 72, 88, 40
+    dtype = torch.bfloat16
+    dy, weight, z = (tensor(*s, dtype=dtype, seed=i) for i, s in enumerate([(M, K), (K, N), (M, N)]))
+    dz, h, grad_bias = torch.empty_like(z), torch.empty_like(z), torch.empty(N, device="cuda", dtype=dtype)
+    seed = torch.tensor([7], device="cuda")
+    matmul(
+        dy, weight, dz, dact="gelu", z=z, h=h, grad_bias=grad_bias, dropout=dropout, seed=seed, seed_offset=3,
+        config=config,
+    )  # fmt: skip
+    exact_z = z.double().requires_grad_()
+    exact_h = ACTIVATIONS["gelu"].reference(exact_z)
+    if dropout:
+        draws = philox.uniform(seed, M * N, seed.device, seed_offset=3).view(M, N)
+        exact_h = exact_h.masked_fill(draws < dropout, 0.0) / (1 - dropout)
+    (exact,) = torch.autograd.grad(exact_h, exact_z, dy.double() @ weight.double())
+    assert_close(dz, exact, K)
+    assert_close(h, exact_h.detach(), 1)
+    assert_close(grad_bias[None], exact.sum(0)[None], M)
+
+
+@both
+def test_dropout_after_the_activation_and_before_the_residual(config: Config) -> None:
+    M, N, K = 72, 88, 40
+    x, weight, residual = (tensor(*s, dtype=torch.float32) for s in [(M, K), (N, K), (M, N)])
+    output, seed = torch.empty(M, N, device="cuda"), torch.tensor([11], device="cuda")
+    matmul(x, weight.t(), output, act="relu", residual=residual, dropout=0.4, seed=seed, config=config)
+    kept = philox.uniform(seed, M * N, seed.device).view(M, N) >= 0.4
+    y = torch.relu(x.double() @ weight.double().t()).where(kept, torch.zeros((), dtype=torch.float64)) / 0.6
+    assert_close(output, y + residual.double(), K)
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(130, 67, 33), (1, 8, 16), (70, 1, 24), (8, 16, 0), (0, 8, 8)])
+def test_ragged_and_empty_shapes_by_the_tables_choice(M: int, N: int, K: int) -> None:
+    a, b = tensor(M, K, dtype=torch.bfloat16, seed=1), tensor(N, K, dtype=torch.bfloat16, seed=2).t()
+    bias = tensor(N, dtype=torch.bfloat16)
+    output = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+    matmul(a, b, output, bias=bias)
+    assert_close(output, a.double() @ b.double() + bias.double(), K)
+
+
+def test_a_misaligned_view_is_read_element_by_element() -> None:
+    a, b = tensor(73 * 64 + 1, dtype=torch.bfloat16)[1:].view(73, 64), tensor(64, 72, dtype=torch.bfloat16)
+    output = torch.empty(73, 72, device="cuda", dtype=torch.bfloat16)
+    matmul(a, b, output)
+    assert_close(output, a.double() @ b.double(), 64)
+
+
+def test_column_major_output_is_the_transposed_product() -> None:
+    a, b = tensor(72, 40, dtype=torch.bfloat16), tensor(40, 88, dtype=torch.bfloat16, seed=1)
+    output = torch.empty(88, 72, device="cuda", dtype=torch.bfloat16).t()
+    matmul(a, b, output)
+    assert_close(output, a.double() @ b.double(), 40)
