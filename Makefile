@@ -16,7 +16,8 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make demo       train a small GPT on real text with and without fusekit; report and plots in runs/"
 	@echo "make test       lint, static lane, sanitizer lane, native tests; no GPU needed"
-	@echo "make gpu        tests/gpu natively and the benchmark suite; needs a CUDA GPU, no network"
+	@echo "make gpu        tests/gpu natively, kernels, models, tuning; needs a CUDA GPU, no network"
+	@echo "                MINUTES=9 bounds it, WHEELS=folder adds rivals from pure-Python wheels"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove environments and generated files"
 
@@ -44,9 +45,10 @@ lint: .venv/ready
 	ln -s $(CURDIR)/benchmarks .farm/benchmarks
 	cd .farm && ../$(BIN)/mypy --config-file ../pyproject.toml -p fusekit -p benchmarks
 
-# Runs tests/gpu itself, in a process of its own: a kernel that crashes must not cost the measurements.
+# One command for a machine with a GPU and no network: MINUTES=9, WHEELS=folder of pure-Python wheels of rivals.
+MINUTES ?= 9
 gpu: .venv/gpu
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES) $(if $(WHEELS),--wheels "$(WHEELS)")
 
 clean:
 	rm -rf .venv .venv-triton36 .farm .static build dist *.egg-info
@@ -55,7 +57,7 @@ clean:
 # constraint keeps every later package from moving torch. Where a GPU is, the torch that is installed stays.
 ifeq ($(GPU),yes)
 .venv/ready: pyproject.toml Makefile .venv/gpu
-	$(BIN)/pip install -q -c .venv/constraints.txt -e ".[train,models,tests,benchmarks,lint]"
+	$(BIN)/python -m pip install -q -c .venv/constraints.txt -e ".[train,models,tests,benchmarks,lint]"
 	touch $@
 else
 .venv/ready: pyproject.toml Makefile
@@ -69,11 +71,16 @@ else
 	touch $@
 endif
 
-.venv/gpu: pyproject.toml
-	$(PYTHON) -m venv --system-site-packages .venv
-	$(BIN)/python -c "import torch" || $(BIN)/pip install -q torch
+# The environment sees the packages of $(PYTHON), also where that is itself a virtual environment, whose packages
+# --system-site-packages would pass over. Nothing is fetched where PyTorch is there.
+.venv/gpu: pyproject.toml Makefile
+	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -c "import sys; print(*[p for p in sys.path if p.endswith('-packages')], sep='\n')" \
+	  > "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
+	$(BIN)/python -c "import torch" || $(BIN)/python -m pip install -q torch
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > .venv/constraints.txt
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -c "import numpy, rich" || $(BIN)/python -m pip install -q -c .venv/constraints.txt numpy rich
 	touch $@
 
 .venv-triton36/ready:

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.report:
             return _report(options.report, read_kernels(options.report), console)
         return _measure(options, console)
-    except ValueError as error:
+    except (ValueError, kernel_run.DeviceLost) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -45,29 +44,14 @@ class CpuClock:
         return seconds
 
 
-def medians(contenders: Mapping[str, Sequence[Call]], clock: Clock, rounds: int) -> dict[str, float]:
-    """Median seconds of each contender.
-
-    Args:
-        contenders: per name, the same call on several copies of the data, so that each finds the cache cold.
-        rounds: how often each contender goes through its calls; the first round is a warm-up and not counted.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, calls in contenders.items():
-            sampled = clock.sample(calls)
-            if number:
-                seconds[name] += sampled
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def samples(
     contenders: Mapping[str, Sequence[Call]], clock: Clock, *, seconds: float, least: int, most: int
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Seconds of single calls, the contenders in turn, each on its next copy of the data.
 
     Args:
-        contenders: as in `medians`; each has been called before, so nothing is compiled here.
+        contenders: per name, the same call on several copies of the data, so that each finds the cache cold.
+            Each has been called before, so nothing is compiled here.
         seconds: of wall clock for each contender; one that has used them up stops.
         least, most: samples of each, whatever the time.
 

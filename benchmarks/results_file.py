@@ -61,7 +61,8 @@ def _commit() -> str:
         return answer.stdout.strip() if answer.returncode == 0 else ""
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # Results are no code: a run that writes some must not look like another version to its continuation.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except OSError:  # no git: an unpacked archive
         return ""

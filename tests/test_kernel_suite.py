@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks.clock import samples
-from benchmarks.kernels import comparison, providers, rivals
+from benchmarks.kernels import comparison, plan, providers, rivals
 from benchmarks.kernels import run as kernel_run
 from benchmarks.kernels import suite as kernel_suite
 from benchmarks.kernels.suite import Settings
@@ -61,7 +61,7 @@ def test_every_op_gets_a_cell_per_direction_and_provider(tmp_path):
             assert cell["quartiles"][0] <= cell["seconds"] <= cell["quartiles"][1]
             assert cell["bytes_per_second"] == pytest.approx(cell["bytes"] / cell["seconds"])
             assert 0 <= cell["error"] < 1e-5 and cell["share"] > 0
-    assert len(results["done"]) == kernel_suite.count(settings()) == len(OPS)
+    assert len(results["done"]) == plan.count(settings()) == len(OPS)
 
 
 def test_a_failing_and_a_wrong_provider_show_in_their_cells_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_samples_take_turns_within_their_time_and_name_who_failed():
 
 
 def test_work_counts_an_expanded_mask_once_and_the_gradients():
-    case = next(c for c in kernel_suite.plan(settings(ops=("linear_act",))))
+    case = next(c for c in plan.plan(settings(ops=("linear_act",))))
     tasks = work(case)
     x, weight, bias, *_ = case.sample.args
     output = x.numel() // x.shape[-1] * weight.shape[0]

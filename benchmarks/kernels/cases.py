@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.clock import Call, Clock, medians
-from fusekit.kernels import OPS
+from benchmarks.clock import Call
 from fusekit.kernels.op import Op, Sample
 
 CACHE_BYTES = 256 << 20  # copies of the arguments together exceed every level-2 cache in use (H200: 50 MB)
 MOST_COPIES = 12
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -28,50 +25,6 @@ class Case:
     dtype: torch.dtype
     sample: Sample
     index: int
-
-
-def cases(device: torch.device, *, bench: bool = True) -> Iterator[Case]:
-    """All cases, the first sample of every op first, so that a short time still sees every op."""
-    remaining = [(name, op, dtype) for dtype in DTYPES for name, op in OPS.items()]
-    for index in itertools.count():  # one sample at a time in memory
-        for row in list(remaining):
-            name, op, dtype = row
-            chosen = (s for s in op.samples(device, dtype) if s.bench == bench)
-            sample = next(itertools.islice(chosen, index, None), None)
-            if sample is None:
-                remaining.remove(row)
-            elif op.supports(*sample.args) is None:
-                yield Case(name, op, dtype, sample, index)
-        if not remaining:
-            return
-
-
-def measure(case: Case, clock: Clock, *, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Median seconds of forward and backward for each contender, and the fused forward pass's FLOP/s."""
-    eager = BASELINES.get(case.name, case.op.reference)
-    contenders: dict[str, Callable[..., Any]] = {"fused": case.op.fused, "eager": eager}
-    if compiled:
-        torch._dynamo.reset()
-        torch._functorch.config.donated_buffer = False  # the backward pass runs many times over one forward
-        contenders["compile"] = torch.compile(eager, dynamic=False)
-    repeated = copies(case.sample.args)
-    forward: dict[str, list[Call]] = {}
-    backward: dict[str, list[Call]] = {}
-    for name, fn in contenders.items():
-        forward[name] = [forward_call(fn, args) for args in repeated]
-        backward[name] = [call for call in (backward_call(fn, args) for args in repeated) if call is not None]
-    result: dict[str, Any] = {
-        "op": case.name,
-        "sample": case.sample.name or str(case.index),
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "shapes": [list(a.shape) for a in case.sample.args if isinstance(a, Tensor)],
-        "against": "torch" if case.name in BASELINES else "reference",
-        "forward": medians(forward, clock, rounds),
-    }
-    result["flops_per_second"] = case.op.flops(*case.sample.args) / max(result["forward"]["fused"], 1e-12)
-    if all(backward.values()):
-        result["backward"] = medians(backward, clock, rounds)
-    return result
 
 
 def copies(args: tuple[Any, ...], cache_bytes: int | None = None) -> list[tuple[Any, ...]]:

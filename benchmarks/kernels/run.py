@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.kernels.plan import count, label, plan
 from benchmarks.kernels.providers import survey
-from benchmarks.kernels.suite import Settings, count, label, measure, obstacle, plan, sentence
+from benchmarks.kernels.suite import Settings, dtype_name, measure, obstacle, sentence
 from benchmarks.results_file import KERNEL_SCHEMA, environment, read_kernels, write_results
 from fusekit.ceilings import Ceilings, measure_ceilings
+
+
+class DeviceLost(RuntimeError):
+    """A kernel left the GPU's context unusable; another process continues after the case that did it."""
 
 
 def run(settings: Settings, path: Path, console: Console, *, fresh: bool = False) -> dict[str, Any]:
@@ -25,6 +32,7 @@ def run(settings: Settings, path: Path, console: Console, *, fresh: bool = False
 
     Raises:
         ValueError: an interrupted run with other settings, versions or code is in the way.
+        DeviceLost: from here on every call on this GPU would fail in this process.
     """
     partial = path.with_name(path.name + ".partial")
     results = _start(settings)
@@ -74,7 +82,7 @@ def _resumed(partial: Path, new: dict[str, Any]) -> dict[str, Any]:
                 f"{partial} holds an interrupted run that differs in {part}: {names}. --fresh starts anew, "
                 f"--out writes elsewhere"
             )
-    return old | {"left_out": {}}
+    return {name: part for name, part in old.items() if name != "running"} | {"left_out": {}}
 
 
 def _able(settings: Settings, results: dict[str, Any]) -> Settings:
@@ -99,24 +107,59 @@ def _measure_all(
                 if reason is not None:
                     results["left_out"][name] = reason
                 else:
+                    results["running"] = _key(case) | {"label": name}
+                    write_results(partial, results)
                     results["cells"] += _cells(case, settings, ceilings)
                     results["done"].append(name)
+                    del results["running"]
                 if bar.disable:
                     console.print(
                         f"{name}: {reason or _line(results['cells'], case)}", highlight=False, soft_wrap=True
                     )
                 write_results(partial, results)
+                _check(settings.device, name)
             bar.advance(task)
+
+
+def _check(device: torch.device, name: str) -> None:
+    """An illegal memory access breaks every later call too: better to end than to blame the other kernels."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLost(
+            f"the GPU cannot be used after {name}: {sentence(error)}; the same command continues after it"
+        ) from None
+
+
+def blame(path: Path, reason: str) -> str | None:
+    """Record that the case under way ended the process; its label, or None where no case was under way."""
+    partial = path.with_name(path.name + ".partial")
+    results = read_kernels(partial) if partial.exists() else {}
+    running = results.pop("running", None)
+    if running is None:
+        return None
+    name = running.pop("label")
+    results["cells"] += _failed(running, results["settings"]["providers"], reason)
+    results["done"].append(name)
+    write_results(partial, results)
+    return name
 
 
 def _cells(case: Any, settings: Settings, ceilings: Ceilings) -> list[dict[str, Any]]:
     try:
         return measure(case, settings, ceilings)
     except Exception as error:  # the reference itself failed, or memory ran out between providers
-        dtype = str(case.dtype).removeprefix("torch.")
-        name = case.sample.name or str(case.index)
-        key = {"op": case.name, "sample": name, "dtype": dtype, "shapes": [], "direction": "forward"}
-        return [key | {"provider": p, "failed": sentence(error)} for p in settings.providers]
+        return _failed(_key(case), settings.providers, sentence(error))
+
+
+def _key(case: Any) -> dict[str, Any]:
+    name = case.sample.name or str(case.index)
+    return {"op": case.name, "sample": name, "dtype": dtype_name(case), "shapes": [], "direction": "forward"}
+
+
+def _failed(key: dict[str, Any], providers: Iterable[str], reason: str) -> list[dict[str, Any]]:
+    return [key | {"provider": provider, "failed": reason} for provider in providers]
 
 
 def _line(cells: list[dict[str, Any]], case: Any) -> str:

@@ -12,27 +12,23 @@ gradients once), so GB/s of two providers compare their times, not their traffic
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.clock import Call, Clock, CpuClock, CudaClock, samples
 from benchmarks.kernels.accuracy import Judge
 from benchmarks.kernels.cases import Case, backward_call, copies, forward_call
 from benchmarks.kernels.providers import function
 from benchmarks.kernels.rivals import Unfit
-from benchmarks.kernels.sweeps import SWEEPS
 from benchmarks.kernels.work import Work, work
 from fusekit.ceilings import Ceilings
-from fusekit.kernels import OPS
 from fusekit.meter import peak_memory, reset_peak
 
 CPU_CACHE_BYTES = 64 << 20
@@ -54,46 +50,10 @@ class Settings:
     minutes: float = 5.0
     seconds: float = 0.3  # per cell
     small: bool = False
+    largest_first: bool = False  # and the first dtype before the others: for a GPU that is lent for minutes
 
     def clock(self) -> Clock:
         return CudaClock() if self.device.type == "cuda" else CpuClock()
-
-
-def plan(settings: Settings) -> Iterator[Case]:
-    """Every op's first sample in every dtype first, then the second ones, then the sweeps over sizes."""
-    remaining = [(name, dtype) for dtype in settings.dtypes for name in settings.ops]
-    for index in itertools.count():  # one sample at a time in memory
-        for name, dtype in list(remaining):
-            sample = next(itertools.islice(_samples(name, dtype, settings), index, None), None)
-            if sample is None:
-                remaining.remove((name, dtype))
-            elif OPS[name].supports(*sample.args) is None:
-                yield Case(name, OPS[name], dtype, sample, index)
-        if not remaining:
-            return
-
-
-def count(settings: Settings) -> int:
-    """How many cases `plan` yields; on fake tensors, so that nothing large is drawn."""
-    found = 0
-    with FakeTensorMode():
-        for name, dtype in itertools.product(settings.ops, settings.dtypes):
-            found += sum(OPS[name].supports(*s.args) is None for s in _samples(name, dtype, settings))
-    return found
-
-
-def _samples(name: str, dtype: torch.dtype, settings: Settings) -> Iterator[Any]:
-    chosen = (s for s in OPS[name].samples(settings.device, dtype) if s.bench != settings.small)
-    if settings.small:
-        return itertools.islice(chosen, 1)
-    sweep = SWEEPS[name](settings.device, dtype) if name in SWEEPS else ()
-    if settings.device.type == "cpu":  # the larger samples are a GPU's: they come last
-        return itertools.chain(itertools.islice(chosen, 1), sweep, chosen)
-    return itertools.chain(chosen, sweep)
-
-
-def label(case: Case) -> str:
-    return f"{case.name} {case.sample.name or case.index} {str(case.dtype).removeprefix('torch.')}"
 
 
 def obstacle(case: Case, settings: Settings, ceilings: Ceilings, left: float) -> str | None:
