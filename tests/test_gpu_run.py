@@ -38,26 +38,34 @@ def a_job(folder: Path, **changes: object) -> parts.Job:
     return parts.Job(**(given | {"console": Console(quiet=True)} | changes))  # type: ignore[arg-type]
 
 
-def test_the_whole_command_runs_dry(tmp_path: Path) -> None:
-    arguments = ["--dry", "--minutes=4", f"--out={tmp_path}", "--parts", "tests", "kernels", "tuning"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=CHECKOUT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def in_this_process(self: run.Run, name: str, until: float, fresh: bool) -> tuple[int, dict]:
+    """As `Run._process`, without importing PyTorch once more."""
+    return parts._run(name, a_job(self.folder, out=self.file(name), fresh=fresh))
+
+
+def test_the_whole_command_runs_dry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run.Run, "_process", in_this_process)
+    assert command.main(["--dry", "--minutes=9", f"--out={tmp_path}"]) == 0
     found = json.loads((tmp_path / "gpu_dry.json").read_text())["parts"]
-    assert found["tests"]["status"] == found["kernels"]["status"] == "complete"
+    assert [found[name]["status"] for name in ("tests", "kernels", "models")] == ["complete"] * 3
     assert found["tests"]["counts"]["passed"] > 10
     cells = read_kernels(tmp_path / "kernels_dry.json")["cells"]
     assert {cell["op"] for cell in cells} == set(OPS) and all("seconds" in cell for cell in cells)
-    for word in ("passed", "forward eager", "attention", "overview: "):
-        assert word in done.stdout
+    shown = capsys.readouterr().out
+    for word in ("passed", "forward eager", "attention", "tiny GPT", "overview: "):
+        assert word in shown
 
 
-def test_the_model_and_tuning_parts_are_called_with_what_is_left_of_the_time(
+def test_a_part_in_its_process_leaves_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, outcome = a_run(tmp_path)._process("tuning", time.monotonic() + 300, fresh=False)
+    assert code == 0 and outcome["status"] in ("complete", "skipped"), outcome
+
+
+def test_the_tuning_part_is_called_with_what_is_left_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, outcome = parts._run("models", a_job(tmp_path))
-    assert code == 0 and outcome["status"] == "complete", outcome
     called = {}
     stub = types.ModuleType("benchmarks.tune")
     stub.run = lambda device, path, console, *, minutes: called.update(device=device, minutes=minutes)  # type: ignore[attr-defined]

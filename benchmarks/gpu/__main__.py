@@ -52,7 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
     for sentence in (doubt, *_wheels(options.wheels, run)):
         if sentence:
             console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part under way, too
     try:
         run.parts(options.parts)
     except KeyboardInterrupt:
@@ -89,4 +88,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part under way, too
     raise SystemExit(main())

@@ -68,18 +68,19 @@ def gains(cells: list[dict[str, Any]]) -> Table:
     found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     samples: dict[tuple[str, str], set[str]] = defaultdict(set)
     for (op, sample, dtype, direction), row in grouped(cells).items():
+        ours = row.get("fusekit", {}).get("seconds")
         for other in AGAINST:
-            times = [row.get(name, {}).get("seconds") for name in (other, "fusekit")]
-            if all(times):
-                found[op, dtype][direction, other].append(times[0] / times[1])
+            theirs = row.get(other, {}).get("seconds")
+            if ours and theirs:
+                found[op, dtype][direction, other].append(theirs / ours)
                 samples[op, dtype].add(sample)
     view = Table(title="median gain of fusekit: over eager, over torch.compile", title_justify="left")
     for heading in ("op", "dtype"):
         view.add_column(heading)
     for heading in ("samples", *(f"{d} {o}" for d in ("forward", "backward") for o in AGAINST)):
         view.add_column(heading, justify="right")
-    for (op, dtype), row in found.items():
-        columns = [row.get((d, o)) for d in ("forward", "backward") for o in AGAINST]
+    for (op, dtype), ratios_by in found.items():
+        columns = [ratios_by.get((d, o)) for d in ("forward", "backward") for o in AGAINST]
         texts = [f"{statistics.median(ratios):.2f}×" if ratios else "–" for ratios in columns]
         view.add_row(op, dtype, str(len(samples[op, dtype])), *texts)
     return view
