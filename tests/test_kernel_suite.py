@@ -222,7 +222,7 @@ def test_work_counts_an_expanded_mask_once_and_the_gradients():
 
 def test_ceilings_are_measured_and_bound_the_time():
     found = measure_ceilings(CPU, (torch.float32,), copy_bytes=1 << 20, size=64)
-    assert found.bytes_per_second > 1e8 and found.flops_per_second["float32"] > 1e7
+    assert found.bytes_per_second > 1e6 and found.flops_per_second["float32"] > 1e5
     assert CEILINGS.least_seconds(1e11, 1e9, "float32") == 1.0
     assert CEILINGS.least_seconds(0, 1e10, "float32") == 1.0
     assert CEILINGS.products("bfloat16") == 1e11  # exactly as fast as converting and multiplying in float32
