@@ -8,13 +8,13 @@ python -m benchmarks --report results.json # plots and the page anew, without me
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from benchmarks.device import device_at_hand, slug
 from benchmarks.kernels import comparison
 from benchmarks.kernels import run as kernel_run
 from benchmarks.kernels.providers import PROVIDERS, STANDARD
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _measure(options: argparse.Namespace, console: Console) -> int:
     if not (options.minutes > 0 and options.seconds > 0):
         raise ValueError("--minutes and --seconds are greater than 0")
-    device = _device(options.device)
+    device = device_at_hand(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     rivals = tuple(RIVALS) if device.type == "cuda" or options.small else ()
@@ -62,7 +62,7 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
         seconds=options.seconds,
         small=options.small,
     )
-    path = options.out or RESULTS / f"kernels_{_slug(device)}.json"
+    path = options.out or RESULTS / f"kernels_{slug(device)}.json"
     results = kernel_run.run(settings, path, console, fresh=options.fresh)
     console.print(kernel_run.table(results))
     failures = kernel_run.failures(results)
@@ -87,34 +87,15 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     changes = comparison.compare(old, new, providers=providers, threshold=options.threshold)
     console.print(comparison.table(changes))
     console.print(comparison.drift(old, new), highlight=False)
-    worse = comparison.regressions(changes)
-    faster = sum(c.verdict == "faster" for c in changes)
-    console.print(
-        f"{len(changes)} cells: {len(worse)} slower or broken, {faster} faster, "
-        f"beyond {options.threshold:.0%} and the spread",
-        highlight=False,
-    )
-    return 1 if worse else 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; `fusekit doctor` says what it finds")
-    return torch.device(name)
-
-
-def _slug(device: torch.device) -> str:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    console.print(comparison.summary(changes, options.threshold), highlight=False)
+    return 1 if comparison.regressions(changes) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusekit bench",
         description=(__doc__ or "").splitlines()[0],
-        epilog="Other benchmarks: fusekit bench gpt_step (a training step on a CPU), fusekit bench gpu.",
+        epilog="Other benchmarks: fusekit bench models (training steps of whole models), fusekit bench gpu.",
     )
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")

@@ -15,6 +15,9 @@ from fusekit.meter import machine
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
 KERNEL_SCHEMA = 1  # of the kernel suite's files; raised when a reader of older files would misread them
+MODEL_SCHEMA = 1
+SCHEMAS = {"kernels": KERNEL_SCHEMA, "models": MODEL_SCHEMA}
+COMMANDS = {"kernels": "fusekit bench", "models": "fusekit bench models"}
 NUMBERS = re.compile(r"\[\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\s+\]")
 
 
@@ -34,7 +37,12 @@ def _one_line(numbers: re.Match[str]) -> str:
 
 
 def read_kernels(path: Path) -> dict[str, Any]:
-    """A results file of the kernel suite.
+    """A results file of the kernel suite; errors as `read_results`."""
+    return read_results(path, "kernels")
+
+
+def read_results(path: Path, kind: str) -> dict[str, Any]:
+    """A results file of a suite, "kernels" or "models".
 
     Raises:
         ValueError: it is no such file, or of another schema; the sentence says which and what to do.
@@ -44,15 +52,35 @@ def read_kernels(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"{path} is not JSON; a results file is written by `fusekit bench`") from None
-    if not isinstance(found, dict) or found.get("kind") != "kernels":
-        raise ValueError(f"{path} is not a results file of the kernel suite, which `fusekit bench` writes")
-    if found.get("schema") != KERNEL_SCHEMA:
+        raise ValueError(f"{path} is not JSON; a results file is written by `{COMMANDS[kind]}`") from None
+    if not isinstance(found, dict) or found.get("kind") != kind:
         raise ValueError(
-            f"{path} has schema {found.get('schema')}, this version reads schema {KERNEL_SCHEMA}: measure "
+            f"{path} is not a results file of the {kind[:-1]} suite, which `{COMMANDS[kind]}` writes"
+        )
+    if found.get("schema") != SCHEMAS[kind]:
+        raise ValueError(
+            f"{path} has schema {found.get('schema')}, this version reads schema {SCHEMAS[kind]}: measure "
             f"again, or read it with the commit that wrote it, {found.get('environment', {}).get('commit')}"
         )
     return found
+
+
+def continued(partial: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """The results of an interrupted run, to go on with; `new` is what a fresh one would start from.
+
+    Raises:
+        ValueError: it was made with other settings, versions or code, or cannot be read.
+    """
+    old = read_results(partial, new["kind"])
+    for part in ("settings", "providers", "environment"):
+        before, now = ({k: v for k, v in r[part].items() if k != "date"} for r in (old, new))
+        if before != now:
+            names = ", ".join(k for k in now if before.get(k) != now[k]) or "an entry"
+            raise ValueError(
+                f"{partial} holds an interrupted run that differs in {part}: {names}. --fresh starts anew, "
+                f"--out writes elsewhere"
+            )
+    return {name: part for name, part in old.items() if name != "running"} | {"left_out": {}}
 
 
 def _commit() -> str:

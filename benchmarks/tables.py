@@ -12,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.results_file import CHECKOUT, RESULTS
+from benchmarks.models.providers import REFERENCE
+from benchmarks.models.view import grouped, values
+from benchmarks.results_file import CHECKOUT, RESULTS, read_results
 from fusekit.kernels import OPS
 from fusekit.passes.rules import RULES
 
@@ -38,7 +40,35 @@ def _arguments(op: Any) -> str:
     return ", ".join(a.name for a in op.fused._schema.arguments)
 
 
-def cpu_gpt_step() -> str:
+def cpu_models() -> str:
+    if (RESULTS / "models_cpu.json").exists():
+        return _models(read_results(RESULTS / "models_cpu.json", "models"))
+    return _cpu_gpt_step()  # the figure that the model suite replaces, until it has been measured
+
+
+def _models(found: dict[str, Any]) -> str:
+    machine, rows = found["environment"], []
+    for model, cells in grouped(found).items():
+        for name, cell in cells.items():
+            if "seconds" in cell or "failed" in cell:
+                ms, _, speed, rate, mfu, peak, start, _, loss, sites = (
+                    values(cell, cells.get(REFERENCE, {})) if "seconds" in cell else ("failed", *[""] * 9)
+                )
+                unit = found["models"][model]["unit"]
+                rate = f"{rate} {unit}" if rate else ""
+                rows.append((model, name, ms, speed, rate, mfu, peak, start, loss, sites))
+    title = (
+        f"Training step: forward, backward, clipping, fused AdamW. {machine.get('cpu')} "
+        f"({machine.get('cpu_capability')}), one thread, process time, medians of contenders in turn "
+        f"(torch {machine.get('torch')}, commit {machine.get('commit')}). Loss: largest relative difference "
+        "from eager float32 over the same steps; sites: what fusekit fused:\n\n"
+    )
+    headings = ("model", "", "ms/step", "speed", "per second", "MFU", "peak MB", "start s", "loss", "sites")
+    left_out = "".join(f"\nLeft out: {name}: {reason}\n" for name, reason in found["left_out"].items())
+    return title + _table(headings, rows) + left_out
+
+
+def _cpu_gpt_step() -> str:
     found = _load("cpu_gpt_step.json")
     if found is None:
         return "The CPU training step has not been measured yet.\n"
@@ -97,7 +127,7 @@ def traffic() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops,
-    "cpu_gpt_step": cpu_gpt_step,
+    "cpu_models": cpu_models,
     "static": static,
     "traffic": traffic,
 }

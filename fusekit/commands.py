@@ -115,7 +115,7 @@ def bench(options: argparse.Namespace) -> int:
             "the benchmarks are not part of the installed package: clone the repository and, from its "
             "folder, run python -m benchmarks, or make gpu on a machine with a CUDA GPU"
         )
-    named = options.rest[:1] in (["gpt_step"], ["gpu"])
+    named = options.rest[:1] in (["models"], ["gpu"])
     module = f"benchmarks.{options.rest[0]}" if named else "benchmarks"
     paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.call(

@@ -38,6 +38,19 @@ def current_memory(device: torch.device | str = "cpu") -> int:
     return _status("VmRSS") or 0
 
 
+def available_memory(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that can still be taken; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
 def reset_peak(device: torch.device | str = "cpu") -> bool:
     """Start measuring the peak anew. False where that is impossible: it then covers the whole process."""
     if torch.device(device).type == "cuda":

@@ -1,12 +1,10 @@
-"""The CPU figure with a model of no meaning, and what the suites are built of: clock, copies, baselines."""
+"""What the suites are built of: clock, copies, baselines."""
 
-import json
 import time
 
 import pytest
 import torch
 
-from benchmarks import gpt_step
 from benchmarks.clock import CpuClock
 from benchmarks.kernels import cases as op_suite
 from fusekit.kernels import OPS
@@ -47,16 +45,3 @@ def test_copies_keep_strides_and_gradients_in_other_memory():
     first, second = (args[0] for args in op_suite.copies((x, None, 3))[:2])
     assert second.stride() == first.stride() and second.requires_grad
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
-
-
-def test_the_cpu_figure_runs_with_a_tiny_model(tmp_path, capsys):
-    path = tmp_path / "figure.json"
-    options = ["--tiny", "--rounds=2", f"--out={path}", "--only", "eager float32", "fusekit bf16"]
-    assert gpt_step.main(options) == 0
-    written = json.loads(path.read_text())
-    assert written["results"].keys() == {"eager float32", "fusekit bf16"}
-    for result in written["results"].values():
-        assert result["steps"] == 2 and result["step_cpu_seconds"] > 0 and result["peak_bytes"] > 0
-    losses = [result["last_loss"] for result in written["results"].values()]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
-    assert "written to" in capsys.readouterr().out

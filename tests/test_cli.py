@@ -161,13 +161,13 @@ def test_bisect_of_the_builtin_model(capsys):
 def test_bench_passes_its_options_on_or_says_where_the_benchmarks_are(capsys, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("subprocess.call", lambda command, env: calls.append(command[2:]) or 0)
-    for options in (["--compare", "old.json", "new.json"], ["--help"], [], ["gpt_step", "--rounds", "3"]):
+    for options in (["--compare", "old.json", "new.json"], ["--help"], [], ["models", "--minutes", "3"]):
         assert run(capsys, "bench", *options)[0] == 0
     assert calls == [
         ["benchmarks", "--compare", "old.json", "new.json"],
         ["benchmarks", "--help"],
         ["benchmarks"],
-        ["benchmarks.gpt_step", "--rounds", "3"],
+        ["benchmarks.models", "--minutes", "3"],
     ]
     monkeypatch.setattr(
         "fusekit.commands.__file__", str(tmp_path / "site-packages" / "fusekit" / "commands.py")

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from benchmarks.kernels.run import COORDINATES as COORDINATES_OF_A_CASE
 from benchmarks.kernels.run import grouped
 
 ALPHA = 0.05
+COORDINATES = {"kernels": COORDINATES_OF_A_CASE, "models": ("model",)}
 RESAMPLES = 2000
 
 
@@ -45,10 +47,11 @@ def compare(
         before, now = (r["environment"].get(name) for r in (old, new))
         if before != now:
             raise ValueError(f"the files are from different machines: {name} is {before!r} and {now!r}")
-    rows = grouped(old["cells"])
+    coordinates = COORDINATES[new["kind"]]
+    rows = grouped(old["cells"], coordinates)
     pairs = [
         ((*key, provider), rows[key][provider], row[provider])
-        for key, row in grouped(new["cells"]).items()
+        for key, row in grouped(new["cells"], coordinates).items()
         for provider in providers
         if provider in row and provider in rows.get(key, {})
     ]
@@ -121,9 +124,17 @@ def drift(old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"the machine, new over old: copies at {copy:.2f}×, float32 products at {rates[1] / rates[0]:.2f}×"
 
 
-def table(changes: list[Change]) -> Table:
+def summary(changes: list[Change], threshold: float) -> str:
+    faster = sum(c.verdict == "faster" for c in changes)
+    return (
+        f"{len(changes)} cells: {len(regressions(changes))} slower or broken, {faster} faster, "
+        f"beyond {threshold:.0%} and the spread"
+    )
+
+
+def table(changes: list[Change], kind: str = "kernels") -> Table:
     view = Table(title="new over old: time", title_justify="left")
-    for heading in ("op", "sample", "dtype", "", "provider"):
+    for heading in (*COORDINATES[kind], "provider"):
         view.add_column(heading)
     for heading in ("ratio", "95 % interval", "p"):
         view.add_column(heading, justify="right", no_wrap=True)

@@ -17,8 +17,10 @@ from rich.table import Table
 from benchmarks.kernels.plan import count, label, plan
 from benchmarks.kernels.providers import survey
 from benchmarks.kernels.suite import Settings, dtype_name, measure, obstacle, sentence
-from benchmarks.results_file import KERNEL_SCHEMA, environment, read_kernels, write_results
+from benchmarks.results_file import KERNEL_SCHEMA, continued, environment, read_kernels, write_results
 from fusekit.ceilings import Ceilings, measure_ceilings
+
+COORDINATES = ("op", "sample", "dtype", "direction")
 
 
 class DeviceLost(RuntimeError):
@@ -37,7 +39,7 @@ def run(settings: Settings, path: Path, console: Console, *, fresh: bool = False
     partial = path.with_name(path.name + ".partial")
     results = _start(settings)
     if partial.exists() and not fresh:
-        results = _resumed(partial, results)
+        results = continued(partial, results)
         console.print(f"continuing {partial}: {len(results['done'])} cases are there", highlight=False)
     for name, found in results["providers"].items():
         if found["obstacle"]:
@@ -70,19 +72,6 @@ def _start(settings: Settings) -> dict[str, Any]:
         "left_out": {},
         "cells": [],
     }
-
-
-def _resumed(partial: Path, new: dict[str, Any]) -> dict[str, Any]:
-    old = read_kernels(partial)
-    for part in ("settings", "providers", "environment"):
-        before, now = ({k: v for k, v in r[part].items() if k != "date"} for r in (old, new))
-        if before != now:
-            names = ", ".join(k for k in now if before.get(k) != now[k]) or "an entry"
-            raise ValueError(
-                f"{partial} holds an interrupted run that differs in {part}: {names}. --fresh starts anew, "
-                f"--out writes elsewhere"
-            )
-    return {name: part for name, part in old.items() if name != "running"} | {"left_out": {}}
 
 
 def _able(settings: Settings, results: dict[str, Any]) -> Settings:
@@ -175,11 +164,13 @@ def shown(cell: dict[str, Any]) -> str:
     return f"{1e6 * cell['seconds']:.0f} µs" if "seconds" in cell else "–"
 
 
-def grouped(cells: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
+def grouped(
+    cells: list[dict[str, Any]], coordinates: tuple[str, ...] = COORDINATES
+) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
     """Cells by (op, sample, dtype, direction), then by provider."""
     rows: dict[tuple[str, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
     for cell in cells:
-        rows[tuple(cell[k] for k in ("op", "sample", "dtype", "direction"))][cell["provider"]] = cell
+        rows[tuple(cell[k] for k in coordinates)][cell["provider"]] = cell
     return rows
 
 

@@ -1,0 +1,1 @@
+"""The model suite: training steps of whole models, side by side."""
