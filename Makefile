@@ -11,11 +11,11 @@ export OPENBLAS_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test native sanitizer static lint gpu bench clean
+.PHONY: help demo test native sanitizer static traffic lint gpu bench clean
 
 help:
 	@echo "make demo       train a small GPT on real text with and without fusekit; report and plots in runs/"
-	@echo "make test       lint, static lane, sanitizer lane, native tests; no GPU needed"
+	@echo "make test       lint, static lane, traffic, sanitizer lane, native tests; no GPU needed"
 	@echo "make gpu        tests/gpu natively, kernels, models, tuning; needs a CUDA GPU, no network"
 	@echo "                MINUTES=9 bounds it, WHEELS=folder adds rivals from pure-Python wheels"
 	@echo "make lint       ruff and mypy"
@@ -25,7 +25,7 @@ demo: .venv/ready
 	$(BIN)/python -m fusekit train --compare
 
 # Native tests come last: their closing lines are the last thing one sees.
-test: lint static sanitizer native
+test: lint static traffic sanitizer native
 
 native: .venv/ready
 	$(BIN)/python -m pytest
@@ -35,6 +35,9 @@ sanitizer: .venv/ready
 
 static: .venv/ready .venv-triton36/ready
 	$(BIN)/python -m benchmarks.static
+
+traffic: .venv/ready
+	$(BIN)/python -m benchmarks.traffic
 
 # The packages fusekit, fusekit.kernels and fusekit.passes are mapped from three folders; mypy wants one tree.
 lint: .venv/ready

@@ -14,10 +14,14 @@ from fusekit.meter import machine
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
-KERNEL_SCHEMA = 1  # of the kernel suite's files; raised when a reader of older files would misread them
-MODEL_SCHEMA = 1
-SCHEMAS = {"kernels": KERNEL_SCHEMA, "models": MODEL_SCHEMA}
-COMMANDS = {"kernels": "fusekit bench", "models": "fusekit bench models"}
+# Raised when a reader of older files would misread them.
+KERNEL_SCHEMA, TRAFFIC_SCHEMA, MODEL_SCHEMA = 1, 2, 1
+SCHEMAS = {"kernels": KERNEL_SCHEMA, "traffic": TRAFFIC_SCHEMA, "models": MODEL_SCHEMA}
+WRITERS = {
+    "kernels": "the kernel suite, which `fusekit bench` writes",
+    "traffic": "the traffic counter, which `python -m benchmarks.traffic --record` writes",
+    "models": "the model suite, which `fusekit bench models` writes",
+}
 NUMBERS = re.compile(r"\[\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\s+\]")
 
 
@@ -41,8 +45,8 @@ def read_kernels(path: Path) -> dict[str, Any]:
     return read_results(path, "kernels")
 
 
-def read_results(path: Path, kind: str) -> dict[str, Any]:
-    """A results file of a suite, "kernels" or "models".
+def read_results(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """A results file of the kind given, or of any kind that this version knows.
 
     Raises:
         ValueError: it is no such file, or of another schema; the sentence says which and what to do.
@@ -52,15 +56,17 @@ def read_results(path: Path, kind: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"{path} is not JSON; a results file is written by `{COMMANDS[kind]}`") from None
-    if not isinstance(found, dict) or found.get("kind") != kind:
+        raise ValueError(f"{path} is not JSON; a results file is written by `fusekit bench`") from None
+    its_kind = found.get("kind") if isinstance(found, dict) else None
+    if its_kind not in SCHEMAS or kind not in (None, its_kind):
+        wanted = WRITERS[kind] if kind else "one of the suites that `fusekit bench` runs"
+        what = f"; it is one of {WRITERS[its_kind]}" if its_kind in SCHEMAS else ""
+        raise ValueError(f"{path} is not a results file of {wanted}{what}")
+    if found.get("schema") != SCHEMAS[its_kind]:
+        commit = found.get("environment", {}).get("commit")
         raise ValueError(
-            f"{path} is not a results file of the {kind[:-1]} suite, which `{COMMANDS[kind]}` writes"
-        )
-    if found.get("schema") != SCHEMAS[kind]:
-        raise ValueError(
-            f"{path} has schema {found.get('schema')}, this version reads schema {SCHEMAS[kind]}: measure "
-            f"again, or read it with the commit that wrote it, {found.get('environment', {}).get('commit')}"
+            f"{path} has schema {found.get('schema')}, this version reads schema {SCHEMAS[its_kind]}: "
+            f"measure again, or read it with the commit that wrote it, {commit or 'of which it says nothing'}"
         )
     return found
 

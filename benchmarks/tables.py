@@ -1,4 +1,4 @@
-"""The README's tables, written from the registry and from benchmarks/results; a test keeps them fresh.
+"""The tables of README.md and docs/results.md, from the registry and benchmarks/results; tested to be fresh.
 
 python -m benchmarks.tables
 """
@@ -12,13 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.kernels.run import grouped as cells_by_case
 from benchmarks.models.providers import REFERENCE
 from benchmarks.models.view import grouped, values
 from benchmarks.results_file import CHECKOUT, RESULTS, read_results
+from benchmarks.traffic.counting import launches, moved
 from fusekit.kernels import OPS
 from fusekit.passes.rules import RULES
 
-README = CHECKOUT / "README.md"
+FILES = (CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,6 +40,32 @@ def ops() -> str:
 
 def _arguments(op: Any) -> str:
     return ", ".join(a.name for a in op.fused._schema.arguments)
+
+
+def cpu_kernels() -> str:
+    if not (RESULTS / "kernels_cpu.json").exists():
+        return "The kernel suite has not been run on a quiet CPU yet; `fusekit bench` measures it here.\n"
+    found = read_results(RESULTS / "kernels_cpu.json", "kernels")
+    machine, rows = found["environment"], []
+    for key, row in cells_by_case(found["cells"]).items():
+        ours, eager = row.get("fusekit", {}), row.get("eager", {})
+        times = [_microseconds(row.get(name, {})) for name in ("eager", "compile", "fusekit")]
+        gain = (
+            f"{eager['seconds'] / ours['seconds']:.2f}×" if "seconds" in eager and "seconds" in ours else ""
+        )
+        share = f"{ours['share']:.0%}" if "seconds" in ours else ""
+        rows.append((f"`{key[0]}`", *key[1:], *times, gain, share))
+    title = (
+        f"{machine.get('cpu')} ({machine.get('cpu_capability')}), one thread, process time, cold cache, medians "
+        f"in µs (torch {machine.get('torch')}, commit {machine.get('commit')}). Gain over eager; share of the "
+        "ceiling measured in the same run:\n\n"
+    )
+    headings = ("op", "sample", "dtype", "", "eager", "torch.compile", "fusekit", "gain", "ceiling")
+    return title + _table(headings, rows)
+
+
+def _microseconds(cell: dict[str, Any]) -> str:
+    return f"{1e6 * cell['seconds']:,.0f}" if "seconds" in cell else "failed" if "failed" in cell else ""
 
 
 def cpu_models() -> str:
@@ -117,7 +145,7 @@ def traffic() -> str:
         return "The norm kernels' traffic has not been counted yet.\n"
     rows = [
         (name, f"{r['rows']}×{r['columns']}", f"{r['counted']:,}", f"{r['minimum']:,}", f"{r['ratio']:.3f}")
-        for name, r in found.items()
+        for name, r in found["norms"].items()
     ]
     title = (
         "Bytes the norm kernels move in bfloat16, counted, against the least that any kernel could move:\n\n"
@@ -125,11 +153,53 @@ def traffic() -> str:
     return title + _table(("kernel", "shape", "counted", "minimum", "ratio"), rows)
 
 
+def model_traffic() -> str:
+    found = _load("traffic.json")
+    if found is None:
+        return "The traffic of training steps has not been counted yet.\n"
+    title = (
+        "What a GPU would move in a forward and backward pass, counted on a CPU (a lower bound: each kernel "
+        "reads its inputs and writes its outputs once; fusekit's remainder runs eagerly):\n\n"
+    )
+    return title + _counted(found["models"], lambda row: row["model"])
+
+
+def op_traffic() -> str:
+    found = _load("traffic.json")
+    if found is None:
+        return "The traffic of the ops has not been counted yet.\n"
+    title = "The same count for each op, forward and backward, against what one would write in PyTorch:\n\n"
+    return title + _counted(found["ops"], lambda row: f"`{row['op']}` {row['sample']} {row['dtype']}")
+
+
+def _counted(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> str:
+    lines = []
+    for row in rows:
+        contenders = {key: value for key, value in row.items() if isinstance(value, dict)}
+        base = moved(next(iter(contenders.values())))
+        for number, (contender, r) in enumerate(contenders.items()):
+            bytes_ = moved(r)
+            lines.append(
+                (
+                    "" if number else name(row),
+                    contender,
+                    f"{bytes_ / 1e6:,.1f}",
+                    f"{bytes_ / base:.2f}×",
+                    launches(r),
+                    f"{r['saved_bytes'] / 1e6:,.1f}",
+                )
+            )
+    return _table(("", "", "MB moved", "of the first", "launches", "MB saved for backward"), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops,
+    "cpu_kernels": cpu_kernels,
     "cpu_models": cpu_models,
     "static": static,
     "traffic": traffic,
+    "model_traffic": model_traffic,
+    "op_traffic": op_traffic,
 }
 
 
@@ -144,9 +214,11 @@ def _table(headers: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 
 def main() -> int:
-    text = README.read_text()
-    README.write_text(updated(text))
-    print("README.md is fresh" if updated(text) == text else "README.md updated")
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        fresh = updated(text)
+        path.write_text(fresh, encoding="utf-8")
+        print(f"{path.relative_to(CHECKOUT)} {'is fresh' if fresh == text else 'updated'}")
     return 0
 
 

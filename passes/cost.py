@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.kernels.op import LOW_PRECISION
 from fusekit.passes.dtype_policy import Policy, policy_of
@@ -65,7 +66,7 @@ class Cost:
 def device_of(value: Any) -> Device:
     """The table's entry for the device a fake tensor is on."""
     tensors = tensors_of(value)
-    if not tensors or tensors[0].device.type != "cuda":
+    if not tensors or not on_gpu(tensors[0]):
         return CPU if multiplies(torch.bfloat16) else PLAIN_CPU
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((device for device in GPUS if device.name in name), GPU)
@@ -78,7 +79,7 @@ def node_cost(node: fx.Node) -> Cost:
     if node.op != "call_function" or not tensors_of(value) or _moves_nothing(node, inputs):
         return Cost()
     cost = roofline(node_flops(node), bytes_of([*inputs, *tensors_of(value)]), value)
-    emulated = _is_matmul(node) and not inputs[0].is_cuda and inputs[0].dtype in LOW_PRECISION
+    emulated = _is_matmul(node) and not on_gpu(inputs[0]) and inputs[0].dtype in LOW_PRECISION
     if emulated and not multiplies(inputs[0].dtype):
         return replace(cost, seconds=EMULATED * cost.seconds)
     return cost

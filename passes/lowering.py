@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fusekit.kernels import OPS, linear_cpu
+from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import call_checkpoint
@@ -133,7 +134,7 @@ class Lowering:
         aten_op = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
         if not self.widened or not aten_op or self.original[node] != torch.float32:
             return False
-        return node.meta["val"].device.type == "cpu" and not multiplies(self.low)
+        return not on_gpu(node.meta["val"]) and not multiplies(self.low)
 
     def _widen(self, node: fx.Node) -> None:
         self.emulated = True

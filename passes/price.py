@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels.launch import on_gpu
 from fusekit.passes import cost
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import Cost, bytes_of, device_of, node_cost, roofline
@@ -73,7 +74,7 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     """Seconds of the replaced nodes and of the fused one; the fusion is told what follows from them."""
     fusion: Fusion = node.meta["fusion"]
     value = node.meta["val"]
-    kind = "cuda" if tensors_of(value)[0].is_cuda else "cpu"
+    kind = "cuda" if on_gpu(tensors_of(value)[0]) else "cpu"
     replaced, started = _replaced_cost(node)
     ends = bytes_of(_inputs(node)) + bytes_of(tensors_of(value))
     remaining, fusion.implementation = CPU_PATHS[fusion.op] if kind == "cpu" else (0.0, "triton")

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.traffic`: see benchmarks/traffic/norms.py."""
+"""`python -m benchmarks.traffic`: see benchmarks/traffic/command.py."""
 
-from benchmarks.traffic.norms import main
+from benchmarks.traffic.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

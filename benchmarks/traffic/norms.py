@@ -1,10 +1,11 @@
 """Bytes that the norm kernels move, counted, against the least that any kernel could move.
 
-`python -m benchmarks.traffic` runs each kernel program by program in Triton's interpreter, whose loads and
-stores are hooked. Counted is what a launch must bring from and to memory if the caches are perfect: each byte
-once for reading and once for writing. So re-reading the weight for every row is free, but statistics, partial
-sums of weight gradients, and what a second launch reads again are not. Addresses and masks are right in the
-interpreter even where its bfloat16 arithmetic is not, and they do not depend on the data.
+`python -m benchmarks.traffic --norms` runs each kernel program by program in Triton's interpreter, whose
+loads and stores are hooked. Counted is what a launch must bring from and to memory if the caches are perfect:
+each byte once for reading and once for writing. So re-reading the weight for every row is free, but
+statistics, partial sums of weight gradients, and what a second launch reads again are not. Addresses and
+masks are right in the interpreter even where its bfloat16 arithmetic is not, and they do not depend on the
+data.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "traffic.json"
 LIMIT = 1.05  # counted over minimum
 
 # Partial sums are one row per multiprocessor, 132 here, so the number of rows decides what they weigh: a
@@ -123,7 +123,7 @@ def count(name: str, M: int, N: int, counter: Counter) -> dict[str, int]:
 def measure(M: int = ROWS, N: int = COLUMNS) -> dict[str, Any]:
     """Counted and least bytes and their ratio, by op and direction; in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.traffic", "--count", str(M), str(N)]
+    command = [sys.executable, "-m", "benchmarks.traffic.norms", str(M), str(N)]
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(output.stdout.splitlines()[-1])
 
@@ -147,13 +147,5 @@ def _count_all(M: int, N: int) -> dict[str, Any]:
     return results
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--count"]:
-        print(json.dumps(_count_all(int(sys.argv[2]), int(sys.argv[3]))))
-        return 0
-    results = measure()
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    for name, r in results.items():
-        print(f"{name:24} {r['counted']:>12,} bytes, minimum {r['minimum']:>12,}: {r['ratio']:.3f}")
-    return int(any(r["ratio"] > LIMIT for r in results.values()))
+if __name__ == "__main__":
+    print(json.dumps(_count_all(int(sys.argv[1]), int(sys.argv[2]))))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusekit.kernels.launch import on_gpu
 from fusekit.passes.masks import CAUSAL, predicate, recover, recover_additive
 from fusekit.passes.pattern import SEED, Match, New, Rule
 from fusekit.passes.spelling import spell, value_of
@@ -54,7 +55,7 @@ def _finish(match: Match) -> str | None:
     if dropout:
         if not 0.0 < dropout < 1.0:
             return f"dropout {dropout} keeps nothing"
-        if value_of(match.root).device.type == "cpu":
+        if not on_gpu(value_of(match.root)):
             return "dropout is active, and on a CPU eager draws its mask faster than Philox would be computed"
         match.arguments["seed"] = SEED
     return None
