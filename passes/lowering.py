@@ -160,7 +160,7 @@ class Lowering:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         parameters = {n for n in node.args[1:3] if isinstance(n, fx.Node)}
-        if x.meta["val"].device.type != "cpu" or not all(map(self._stays_wide, parameters)):
+        if on_gpu(x.meta["val"]) or not all(map(self._stays_wide, parameters)):
             return inputs
         return [n for n in inputs if n not in parameters or n is x or n in node.args[3:]]
 
