@@ -56,9 +56,9 @@ def cpu_kernels() -> str:
         share = f"{ours['share']:.0%}" if "seconds" in ours else ""
         rows.append((f"`{key[0]}`", *key[1:], *times, gain, share))
     title = (
-        f"{machine.get('cpu')} ({machine.get('cpu_capability')}), one thread, process time, cold cache, medians "
-        f"in µs (torch {machine.get('torch')}, commit {machine.get('commit')}). Gain over eager; share of the "
-        "ceiling measured in the same run:\n\n"
+        f"{machine.get('cpu')} ({machine.get('cpu_capability')}), one thread, process time, cold cache, "
+        f"medians in µs (torch {machine.get('torch')}, commit {machine.get('commit')}). Gain over eager; "
+        "ceiling: the share of it, measured in the same run:\n\n"
     )
     headings = ("op", "sample", "dtype", "", "eager", "torch.compile", "fusekit", "gain", "ceiling")
     return title + _table(headings, rows)
