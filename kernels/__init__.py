@@ -1,7 +1,7 @@
 """Fused ops. OPS is the registry: tests, benchmarks, `fusekit ops` and the docs are loops over it."""
 
 if __name__ == "fusekit.kernels":
-    from fusekit.kernels import add_layer_norm, add_rms_norm, attention, linear_act
+    from fusekit.kernels import add_layer_norm, add_rms_norm, attention, linear_act, rms_norm_rope, rope
     from fusekit.kernels.op import Op
 
     OPS: dict[str, Op] = {
@@ -9,6 +9,8 @@ if __name__ == "fusekit.kernels":
         "add_rms_norm": add_rms_norm.OP,
         "attention": attention.OP,
         "linear_act": linear_act.OP,
+        "rms_norm_rope": rms_norm_rope.OP,
+        "rope": rope.OP,
     }
 else:
     # Python started in a checkout finds this folder under the name of a Hugging Face package, for which

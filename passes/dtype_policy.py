@@ -22,6 +22,7 @@ class Policy(Enum):
 
     LOW = auto()  # a matmul: every float32 input is cast down
     NORM = auto()  # a fused norm: x and residual low, weights float32, statistics float32 inside
+    ROPE = auto()  # x low, the tables as they come: an angle's cosine is not rounded for x's sake
     FLOW = auto()  # elementwise: low as soon as one input is low, unless a float32 result takes part
     MOVE = auto()  # data movement: whatever comes in
     CAST = auto()  # a dtype the user wrote: it keeps its meaning
@@ -103,6 +104,8 @@ def mutates(node: fx.Node) -> bool:
 def _fusekit_policy(name: str) -> Policy:
     if name in ("linear_act", "attention"):
         return Policy.LOW
+    if name.endswith("rope"):
+        return Policy.ROPE
     return Policy.NORM if name.endswith("_norm") else Policy.FLOAT32
 
 

@@ -108,8 +108,7 @@ def _transpose(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
 
 
 def _slice(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
-    _, dim, start, _, step = args
-    start = 0 if start is None else start
+    _, dim, (start,), step = args
     if type(start) is not int or type(step) is not int or start < 0:
         return None
     if start and not _start_is_inside(value_of(args[0]).shape[dim], start):

@@ -1,12 +1,11 @@
-"""The letters of a rule's shapes: "* K" and "Hkv*G" against the sizes found in a graph."""
+"""The letters of a rule's shapes: "* K", "Hkv*G" and "2*R" against the sizes found in a graph."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29)
@@ -20,7 +19,7 @@ class Operand(NamedTuple):
 
 def parse(name: str, text: str) -> Operand:
     words = text.split()
-    flags = frozenset(w for w in words if w in ("optional", "any", "bool"))
+    flags = frozenset(w for w in words if w in ("optional", "any", "bool", "float32", "complex"))
     return Operand(name, flags, tuple(w for w in words if w not in flags))
 
 
@@ -28,15 +27,15 @@ def prime_sizes(operands: list[Operand]) -> dict[str, int]:
     letters: list[str] = []
     for operand in operands:
         for dim in operand.dims:
-            letters += ["*0", "*1"] if dim == "*" else dim.split("*")
+            letters += ["*0", "*1"] if dim == "*" else [f for f in dim.split("*") if not f.isdigit()]
     return dict(zip(dict.fromkeys(letters), PRIMES, strict=False))
 
 
 def product(dim: str, sizes: Mapping[str, Any]) -> Any:
-    return math.prod(sizes[letter] for letter in dim.split("*"))
+    return math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in dim.split("*"))
 
 
-def translate(shape: torch.Size, ours: dict[str, int], theirs: dict[str, Any]) -> list[Any]:
+def translate(shape: Sequence[int], ours: dict[str, int], theirs: dict[str, Any]) -> list[Any]:
     """A pattern's shape in the graph's sizes; `theirs["*"]` are the leading dimensions."""
     lead = (ours.get("*0"), ours.get("*1"))
     dims, translated = list(shape), []
@@ -68,8 +67,8 @@ def unify(operand: Operand, shape: list[Any], sizes: dict[str, Any]) -> str | No
         if len(known) != len(lead) or not all(map(equal, known, lead)):
             return f"{operand.name} is broadcast: its leading sizes are {tuple(lead)}, not {tuple(known)}"
     for dim, size in zip(dims, shape, strict=True):
-        *known_letters, last = dim.split("*")
-        factor = math.prod(sizes[letter] for letter in known_letters)
+        known, _, last = dim.rpartition("*")
+        factor = product(known, sizes) if known else 1
         if factor != 1 and not equal(size % factor, 0):
             return f"{operand.name}: {size} is no multiple of {factor}"
         if not equal(sizes.setdefault(last, size // factor), size // factor):

@@ -104,8 +104,9 @@ class Lowering:
             self._update(node)
         elif policy is Policy.LOW and self._is_emulated(node):
             self._widen(node)
-        elif policy in (Policy.LOW, Policy.NORM):
-            self._bring_down(node, self._low_inputs(node) if policy is Policy.LOW else _nodes(node.args[:2]))
+        elif policy in (Policy.LOW, Policy.NORM, Policy.ROPE):
+            leading = node.args[: 2 if policy is Policy.NORM else 1]
+            self._bring_down(node, self._low_inputs(node) if policy is Policy.LOW else _nodes(leading))
             self._update(node)
         elif policy is Policy.FLOAT32:
             self._bring_up(node)  # inputs as captured, so the value is as well

@@ -62,7 +62,8 @@ class Rule:
     pattern: a function over arguments of the op, and numbers that `finish` reads; returns what the op does.
     source: where the spelling is from, for reports and FUSEKIT_DISABLE.
     shapes: per tensor argument its dimensions, "* K" (* is any number of them), products as "Hkv*G". Words in
-        front: "optional" may be None, "any" has a shape of its own (a mask), "bool" is of that dtype.
+        front: "optional" may be None, "any" has a shape of its own (a mask); "bool", "float32" and "complex"
+        are dtypes.
     fixed: arguments of the op that this spelling implies.
     finish: finish(match) completes or changes match.arguments; returns None, or why the site is refused.
     also: other functions of the op's arguments that may stand where the pattern makes the call of that name.
@@ -169,7 +170,8 @@ class Pattern:
         sizes: list[int] = []
         for dim in operand.dims:
             sizes += [self.sizes["*0"], self.sizes["*1"]] if dim == "*" else [product(dim, self.sizes)]
-        return torch.empty(sizes, dtype=torch.bool if "bool" in operand.words else LOW)
+        kinds = {"bool": torch.bool, "float32": torch.float32, "complex": torch.complex64}
+        return torch.empty(sizes, dtype=next((kinds[w] for w in operand.words & {*kinds}), LOW))
 
     @cached_property
     def root_names(self) -> frozenset[str]:

@@ -29,6 +29,8 @@ CPU_PATHS = {
     "add_rms_norm": (0.5, "aten"),
     "attention": (0.0, "cpu flash"),
     "linear_act": (1.0, "onednn"),
+    "rms_norm_rope": (0.5, "aten"),
+    "rope": (0.5, "aten"),
 }
 
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from fusekit.passes.pattern import (
     New,
     Pattern,
 )
-from fusekit.passes.spelling import Spelling, spell, value_of
+from fusekit.passes.spelling import Spelling, Start, spell, value_of
 
 
 class State(NamedTuple):
@@ -95,6 +96,13 @@ class Search:
         inner = wanted.args[0]
         return wanted.name in INVERTIBLE and isinstance(inner, fx.Node) and inner.op == "placeholder"
 
+    def is_free(self, wanted: Spelling) -> bool:
+        """Made of nothing but an argument that has a shape of its own."""
+        names = {
+            str(a.target) if a.op == "placeholder" else "" for a in wanted.args if isinstance(a, fx.Node)
+        }
+        return names <= {o.name for o in self.pattern.operands if "any" in o.words} and bool(names)
+
     def orders(self, wanted: Spelling, there: Spelling) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
         if len(wanted.args) == len(there.args):
             yield wanted.args, there.args
@@ -138,6 +146,8 @@ class Search:
     def argument(self, ours: Any, theirs: Any, at: fx.Node, state: State) -> Iterator[State]:
         if isinstance(ours, fx.Node):
             yield from self.node(ours, theirs, state)
+        elif isinstance(ours, Start):
+            yield state  # a size: compared when all sizes are known
         elif isinstance(ours, (list, tuple)):
             if isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
                 yield from self.arguments(tuple(ours), tuple(theirs), at, state)
@@ -193,16 +203,19 @@ class Search:
             # A cast left out does no harm itself: what reads it is checked, and promotes as the cast would.
             if not fits and p not in state.skipped:
                 return f"{name} is computed in {_named(theirs.dtype)}, not {_named(expected)}"
-            if not self.shape_fits(ours.shape, theirs.shape, sizes):
+            if not self.is_free(wanted) and not self.shape_fits(ours.shape, theirs.shape, sizes):
                 return f"{name} has shape {tuple(theirs.shape)}, which the pattern does not give it"
+            starts = (wanted.args[2], spell(node).args[2]) if name == "slice" else ((), ())
+            if not self.shape_fits(*starts, sizes):
+                return f"the slice starts at {starts[1][0]}, not where the pattern's does"
         return None
 
-    def shape_fits(self, ours: torch.Size, theirs: torch.Size, sizes: dict[str, Any]) -> bool:
+    def shape_fits(self, ours: Sequence[Any], theirs: Sequence[Any], sizes: dict[str, Any]) -> bool:
         expected = translate(ours, self.pattern.sizes, sizes)
         return len(expected) == len(theirs) and all(map(equal, expected, theirs))
 
     def check_surroundings(self, state: State) -> str | None:
-        nodes = set(state.nodes.values())
+        nodes = _with_producers(state.nodes.values())
         if len({n.meta.get("region") for n in nodes}) > 1:
             return "a grad-mode, autocast or in-place boundary lies inside"
         for name, value in state.operands.items():
@@ -229,7 +242,16 @@ class Search:
                 stands_for[value.args[0]] = (name, value)
             elif value is not None:
                 stands_for[value] = (name, None)
-        return Match(self.pattern.rule, outputs, sorted(set(state.nodes.values())), arguments, stands_for)
+        return Match(
+            self.pattern.rule, outputs, sorted(_with_producers(state.nodes.values())), arguments, stands_for
+        )
+
+
+def _with_producers(matched: Iterable[fx.Node]) -> set[fx.Node]:
+    """Also the chunks, splits and unbinds of which every part is among the nodes."""
+    nodes = set(matched)
+    parts = (node for node in matched if node.target is operator.getitem)
+    return nodes | {node.args[0] for node in parts if nodes.issuperset(node.args[0].users)}  # type: ignore[misc,union-attr]
 
 
 def _shape(value: fx.Node | New) -> list[Any]:

@@ -7,6 +7,7 @@ before.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,12 @@ class Spelling(NamedTuple):
     args: tuple[Any, ...]
 
 
+class Start(NamedTuple):
+    """Where a slice begins, counted from the front; in a pattern a size, as those of shapes."""
+
+    at: Any
+
+
 def value_of(node: Any) -> Any:
     """The fake tensor (or SymInt) a node stands for; anything else is itself."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
@@ -30,12 +37,39 @@ def value_of(node: Any) -> Any:
 
 def spell(node: fx.Node) -> Spelling:
     """The canonical spelling of a call; placeholders and calls that are no ATen op spell as themselves."""
+    if node.target is operator.getitem:
+        return _part(node)
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return Spelling(f"{node.op}:{node.target}", node.args)
     name = node.target._schema.name.removeprefix("aten::")
     args = _filled(node)
     respell = _RESPELL.get(name)
     return respell(node, name, args) if respell else Spelling(name, args)
+
+
+def _part(node: fx.Node) -> Spelling:
+    """One of the tensors that chunk, split and unbind return: a slice or a row of what they take apart."""
+    producer, index = node.args
+    name, args = spell(producer) if isinstance(producer, fx.Node) else ("", ())
+    parts: Any = value_of(producer)
+    if name == "unbind":
+        return Spelling("select", (args[0], args[1], index))
+    if name not in ("chunk", "split", "split_with_sizes") or not isinstance(index, int):
+        return Spelling(f"{node.op}:{node.target}", node.args)
+    dim = args[2] % parts[0].dim() - parts[0].dim()
+    start = sum(part.shape[dim] for part in parts[: index % len(parts)])
+    return Spelling("slice", (args[0], dim, Start(start), 1))
+
+
+def _slice(node: fx.Node, name: str, args: tuple[Any, ...]) -> Spelling:
+    """Without its end, which shows in the shape."""
+    source, dim, start, _, step = args
+    size = value_of(source).shape[dim]
+    if start is None:
+        start = 0
+    elif isinstance(start, int) and isinstance(size, int):
+        start = min(max(start + size, 0) if start < 0 else start, size)
+    return Spelling(name, (source, dim, Start(start), step))
 
 
 def _filled(node: fx.Node) -> tuple[Any, ...]:
@@ -170,6 +204,8 @@ _RESPELL: dict[str, Callable[[fx.Node, str, tuple[Any, ...]], Spelling]] = {
     "view": _keep(1, "reshape"),
     "flatten": _keep(1, "reshape"),
     "unflatten": _keep(1, "reshape"),
+    "reshape_as": _keep(1, "reshape"),
+    "slice": _slice,
     "expand": _keep(1),
     "expand_as": _keep(1, "expand"),
     "masked_fill": _masked_fill,

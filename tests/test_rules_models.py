@@ -13,11 +13,14 @@ transformers = pytest.importorskip("transformers")
 
 HF: dict[str, tuple[str, dict[str, int]]] = {
     "GPT2": ("GPT2LMHeadModel", {"add_layer_norm": 5, "linear_act": 2, "attention": 2}),
-    "Llama": ("LlamaForCausalLM", {"add_rms_norm": 5, "linear_act": 2, "attention": 2}),
+    "Llama": ("LlamaForCausalLM", {"add_rms_norm": 5, "linear_act": 2, "attention": 2, "rope": 4}),
     "Bert": ("BertForMaskedLM", {"add_layer_norm": 6, "linear_act": 3, "attention": 2}),
     "T5": ("T5ForConditionalGeneration", {"add_rms_norm": 12, "linear_act": 4, "attention": 2}),
-    "Qwen3": ("Qwen3ForCausalLM", {"add_rms_norm": 9, "linear_act": 2, "attention": 2}),
-    "Gemma2": ("Gemma2ForCausalLM", {"add_rms_norm": 9, "linear_act": 2}),
+    "Qwen3": (
+        "Qwen3ForCausalLM",
+        {"add_rms_norm": 5, "linear_act": 2, "attention": 2, "rms_norm_rope": 4},
+    ),
+    "Gemma2": ("Gemma2ForCausalLM", {"add_rms_norm": 9, "linear_act": 2, "rope": 4}),
     "CLIPText": ("CLIPTextModel", {"add_layer_norm": 5, "linear_act": 2, "attention": 2}),
     "ViT": ("ViTModel", {"add_layer_norm": 5, "linear_act": 3, "attention": 2}),
 }

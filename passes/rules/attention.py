@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusekit.kernels.launch import on_gpu
+from fusekit.passes.gradient import needs_gradient
 from fusekit.passes.masks import CAUSAL, predicate, recover, recover_additive
 from fusekit.passes.pattern import SEED, Match, New, Rule
 from fusekit.passes.spelling import spell, value_of
@@ -94,32 +95,13 @@ def _take_added(match: Match) -> str | None:
     mask = match.arguments["mask"]
     if isinstance(mask, New) or not value_of(mask).is_floating_point():
         return "what is added to the scores is no floating point mask"
-    if _needs_gradient(mask):
+    if needs_gradient(mask):
         return "the mask needs a gradient, as a learned bias does, and the op gives none"
     found = recover_additive(mask, LOWEST)
     if found is not None:
         match.arguments["causal"], match.arguments["mask"] = found.causal, None
         match.stands_for.pop(mask, None)
     return None
-
-
-def _needs_gradient(mask: fx.Node) -> bool:
-    """Whether a parameter or input that is trained reaches the mask through floating point values."""
-    pending, seen = [mask], set()
-    while pending:
-        node = pending.pop()
-        value = value_of(node)
-        if node in seen or not isinstance(value, Tensor) or not value.is_floating_point():
-            continue
-        seen.add(node)
-        if spell(node).name == "detach":
-            continue
-        if node.op == "placeholder" and node.meta.get("requires_grad", True):
-            return True
-        if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
-            return True  # a checkpoint or another call that is not looked into
-        pending += node.all_input_nodes
-    return False
 
 
 def _unfold_repeated_heads(match: Match) -> None:
