@@ -211,12 +211,12 @@ def dense_like(x: Tensor) -> Tensor:
     return dense(x, rows_of(x).order)
 
 
-def _blocks(x: Tensor, rotary: int) -> dict[str, Any]:
+def _blocks(x: Tensor, rotary: int, tile: int = TILE) -> dict[str, Any]:
     D = x.shape[-1]
     pairs, rest = triton.next_power_of_2(rotary // 2), D - rotary
     passing = triton.next_power_of_2(rest) if rest else 0
     return {
-        "BLOCK_M": max(1, TILE // triton.next_power_of_2(2 * pairs + passing)), "BLOCK_R": pairs,
+        "BLOCK_M": max(1, tile // triton.next_power_of_2(2 * pairs + passing)), "BLOCK_R": pairs,
         "BLOCK_P": passing, "num_warps": 4,
     }  # fmt: skip
 
@@ -243,7 +243,7 @@ def norm_backward_gpu(
     dweight: Tensor | None, rotary: int, interleaved: bool, eps: float, offset: float,
 ) -> None:  # fmt: skip
     """The gradient through rotation and norm; that of the weight by partial rows, added up in order."""
-    rows, blocks = rows_of(x), _blocks(x, rotary)
+    rows, blocks = rows_of(x), _blocks(x, rotary, TILE // 2)  # twice the rows spill, interleaved
     programs = min(triton.cdiv(rows.count, blocks["BLOCK_M"]), 4 * multiprocessors(x))
     partials = None if dweight is None else x.new_empty((programs, x.shape[-1]), dtype=torch.float32)
     sin = _like_strides(sin, cos)
