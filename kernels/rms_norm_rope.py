@@ -107,8 +107,9 @@ def _forward(
 def _grads(x: Tensor, weight: Tensor | None, needed: list[bool]) -> tuple[Tensor, Tensor]:
     """Uninitialised gradients; an empty tensor where one is not needed."""
     dx = dense_like(x) if needed[0] else x.new_empty(0)
-    wanted = weight is not None and needed[1]
-    return dx, torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+    if weight is None or not needed[1]:
+        return dx, x.new_empty(0)
+    return dx, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _backward(

@@ -184,7 +184,7 @@ class Rows(NamedTuple):
     sizes: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         n0, n1, n2 = self.sizes
         return n0 * n1 * n2
 
@@ -196,7 +196,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Tensor) -> Rows:
-    order = sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))
+    order = sorted(range(x.dim() - 1), key=lambda d: -x.stride()[d])
     return Rows(tuple(order), (*[1] * (MAX_LEADING - len(order)), *(x.shape[d] for d in order)))
 
 
@@ -230,10 +230,10 @@ def rotate_gpu(
     weight, eps, offset = norm or (None, 0.0, 0.0)
     sin = _like_strides(sin, cos)
     launch(
-        _forward_kernel, (triton.cdiv(rows.count, blocks["BLOCK_M"]),), x, cos, sin,
+        _forward_kernel, (triton.cdiv(rows.total, blocks["BLOCK_M"]),), x, cos, sin,
         None if weight is None else weight.contiguous(), y,
         *rows.strides(x), *rows.strides(cos), *rows.strides(y)[:-1],
-        rows.count, *rows.sizes[1:], x.shape[-1], rotary, eps, offset,
+        rows.total, *rows.sizes[1:], x.shape[-1], rotary, eps, offset,
         NORM=norm is not None, BACK=back, INTERLEAVED=interleaved, SHARED=cos.shape[-1] != rotary, **blocks,
     )  # fmt: skip
 
@@ -244,7 +244,7 @@ def norm_backward_gpu(
 ) -> None:  # fmt: skip
     """The gradient through rotation and norm; that of the weight by partial rows, added up in order."""
     rows, blocks = rows_of(x), _blocks(x, rotary, TILE // 2)  # twice the rows spill, interleaved
-    programs = min(triton.cdiv(rows.count, blocks["BLOCK_M"]), 4 * multiprocessors(x))
+    programs = min(triton.cdiv(rows.total, blocks["BLOCK_M"]), 4 * multiprocessors(x))
     partials = None if dweight is None else x.new_empty((programs, x.shape[-1]), dtype=torch.float32)
     sin = _like_strides(sin, cos)
     launch(
@@ -252,7 +252,7 @@ def norm_backward_gpu(
         None if weight is None else weight.contiguous(), dx, partials,
         *rows.strides(dy), *rows.strides(x), *rows.strides(cos),
         *(rows.strides(dx)[:-1] if dx is not None else (0, 0, 0)),
-        rows.count, *rows.sizes[1:], x.shape[-1], rotary, eps, offset,
+        rows.total, *rows.sizes[1:], x.shape[-1], rotary, eps, offset,
         INTERLEAVED=interleaved, SHARED=cos.shape[-1] != rotary, **blocks,
     )  # fmt: skip
     reduce_partials((partials, None), (dweight, None))

@@ -205,9 +205,8 @@ class Search:
                 return f"{name} is computed in {_named(theirs.dtype)}, not {_named(expected)}"
             if not self.is_free(wanted) and not self.shape_fits(ours.shape, theirs.shape, sizes):
                 return f"{name} has shape {tuple(theirs.shape)}, which the pattern does not give it"
-            starts = (wanted.args[2], spell(node).args[2]) if name == "slice" else ((), ())
-            if not self.shape_fits(*starts, sizes):
-                return f"the slice starts at {starts[1][0]}, not where the pattern's does"
+            if name == "slice" and not self.shape_fits(wanted.args[2], spell(node).args[2], sizes):
+                return f"the slice starts at {spell(node).args[2].at}, not where the pattern's does"
         return None
 
     def shape_fits(self, ours: Sequence[Any], theirs: Sequence[Any], sizes: dict[str, Any]) -> bool:
