@@ -20,8 +20,10 @@ from benchmarks.kernels import run as kernel_run
 from benchmarks.kernels.providers import PROVIDERS, STANDARD
 from benchmarks.kernels.rivals import RIVALS
 from benchmarks.kernels.suite import Settings
+from benchmarks.models.__main__ import OURS as MODEL_PROVIDERS
 from benchmarks.report.page import write_report
-from benchmarks.results_file import RESULTS, read_kernels
+from benchmarks.results_file import RESULTS, read_kernels, read_results
+from benchmarks.traffic.command import compare_traffic
 from fusekit.kernels import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,10 +84,19 @@ def _report(path: Path, results: dict, console: Console) -> int:  # type: ignore
 
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
-    old, new = map(read_kernels, options.compare)
-    providers = tuple(options.providers or ("fusekit",))
+    old, new = map(read_results, options.compare)
+    kind = new["kind"]
+    if old["kind"] != kind:
+        raise ValueError(
+            f"{options.compare[0]} is of the suite {old['kind']}, {options.compare[1]} of the suite {kind}: "
+            "compare two files of one suite"
+        )
+    if kind == "traffic":
+        return compare_traffic(old, new, console)
+    ours = ("fusekit",) if kind == "kernels" else MODEL_PROVIDERS
+    providers = tuple(options.providers or ours)
     changes = comparison.compare(old, new, providers=providers, threshold=options.threshold)
-    console.print(comparison.table(changes))
+    console.print(comparison.table(changes, kind))
     console.print(comparison.drift(old, new), highlight=False)
     console.print(comparison.summary(changes, options.threshold), highlight=False)
     return 1 if comparison.regressions(changes) else 0

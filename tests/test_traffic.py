@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.results_file import read_results
+from benchmarks import __main__ as bench
+from benchmarks.results_file import KERNEL_SCHEMA, read_results
 from benchmarks.static.specialisations import _forward_and_backward
 from benchmarks.traffic import command, norms
 from benchmarks.traffic.counting import Counter, Counts, Traffic, as_on_gpu, count_saved, launches, moved
@@ -165,3 +166,20 @@ def test_recorded_norms_are_within_five_percent():
     for name, r in recorded.items():
         assert 1.0 <= r["ratio"] <= norms.LIMIT, name
         assert r["counted"] == pytest.approx(r["ratio"] * r["minimum"], rel=1e-4)
+
+
+def test_bench_compares_traffic_and_refuses_files_of_two_suites(tmp_path, capsys):
+    found = read_results(command.RESULTS, "traffic")
+    (tmp_path / "old.json").write_text(json.dumps(found))
+    found["models"][0]["fusekit bf16"]["saved_bytes"] += 1
+    (tmp_path / "new.json").write_text(json.dumps(found))
+    (tmp_path / "kernels.json").write_text(json.dumps({"kind": "kernels", "schema": KERNEL_SCHEMA}))
+    (tmp_path / "norms.json").write_text(json.dumps(found["norms"]))
+    old, new, kernels, norms_only = (str(tmp_path / f"{n}.json") for n in ("old", "new", "kernels", "norms"))
+    assert bench.main(["--compare", old, new]) == 1
+    assert "1 figures are more, 0 less" in capsys.readouterr().out
+    assert bench.main(["--compare", new, old]) == 0
+    assert bench.main(["--compare", kernels, new]) == 2
+    assert "compare two files of one suite" in capsys.readouterr().err
+    assert bench.main(["--compare", norms_only, new]) == 2
+    assert "not a results file" in capsys.readouterr().err

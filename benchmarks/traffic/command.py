@@ -67,9 +67,20 @@ def compare(old: Row, new: Row) -> tuple[list[str], list[str]]:
             was = dict(figures(recorded, contender))
             for what, now in figures(row, contender):
                 if now != was[what]:
-                    found = f"{name_of(row)}: {what} {now:,}, {was[what]:,} are recorded"
+                    found = f"{name_of(row)}: {what} {now:,}, {was[what]:,} before"
                     (more if now > was[what] else less).append(found)
     return more, less
+
+
+def compare_traffic(old: Row, new: Row, console: Console) -> int:
+    """Print what moved; 1: something is more."""
+    more, less = compare(old, new)
+    for sentence in less:
+        console.print(f"less: {sentence}", style="green", highlight=False, soft_wrap=True)
+    for sentence in more:
+        console.print(f"more: {sentence}", style="red", highlight=False, soft_wrap=True)
+    console.print(f"traffic: {len(more)} figures are more, {len(less)} less", highlight=False)
+    return 1 if more else 0
 
 
 def table(title: str, rows: list[Row]) -> Table:
