@@ -2,6 +2,7 @@
 
 python -m benchmarks                       # or: fusekit bench
 python -m benchmarks --compare old.json new.json
+python -m benchmarks --tune                # measure the configurations of matrix products on this GPU
 python -m benchmarks --report results.json # plots and the page anew, without measuring
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks import tune
 from benchmarks.device import device_at_hand, slug
 from benchmarks.kernels import comparison
 from benchmarks.kernels import run as kernel_run
@@ -36,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.compare:
             return _compare(options, console)
+        if options.tune:
+            return _tune(options, console)
         if options.report:
             return _report(options.report, read_kernels(options.report), console)
         return _measure(options, console)
@@ -75,6 +79,18 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
     console.print(f"results: {path}", highlight=False, soft_wrap=True)
     _report(path, results, console)
     return 1 if any(" fusekit: " in failure for failure in failures) else 0
+
+
+def _tune(options: argparse.Namespace, console: Console) -> int:
+    device = torch.device("cpu") if options.dry else device_at_hand(options.device)
+    held = tune.run(device, options.out, console, minutes=options.minutes, only=options.only, dry=options.dry)
+    failed = len(tune.failures(held))
+    console.print(
+        f"{len(held['done'])} buckets measured, {len(held['shapes'])} in the table of {held['device']}, "
+        f"{failed} candidates failed",
+        highlight=False,
+    )
+    return 1 if failed else 0
 
 
 def _report(path: Path, results: dict, console: Console) -> int:  # type: ignore[type-arg]
@@ -131,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         help="compare results; 1: something is slower",
     )
     add("--threshold", type=float, default=0.05, help="with --compare: smallest change (default 0.05)")
+    add("--tune", action="store_true", help="measure the configurations of matrix products, write the table")
+    add("--only", help="with --tune: only buckets whose key contains this, such as 'half nt'")
+    add("--dry", action="store_true", help="with --tune: predicted times and no GPU, to try it")
     add("--report", type=Path, metavar="RESULTS", help="write plots and page of a results file anew")
     return parser
 

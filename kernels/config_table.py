@@ -71,12 +71,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """device: the name of the file. sms: multiprocessors. shapes: bucket to (row, splits), measured."""
+    """device: the file's name. sms: multiprocessors. shapes: measured, bucket to configuration and splits."""
 
     device: str
     sms: int
     rows: tuple[Row, ...]
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[Config, int]]
 
 
 def target_of(capability: tuple[int, int]) -> str:
@@ -89,20 +89,36 @@ def target_of(capability: tuple[int, int]) -> str:
 
 @functools.cache
 def load(name: str) -> Table:
-    """The table of that file; a device's own holds the rows of its architecture first, then its own."""
+    """The table of that file. A device's own adds to the rows of its architecture, `base`, those it chose."""
     held = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    base = load(held["base"]) if "base" in held else None
-    rows = (base.rows if base else ()) + tuple(map(_row, held.get("rows", ())))
-    shapes = {key: (entry[0], entry[1]) for key, entry in held.get("shapes", {}).items()}
-    return Table(name, held.get("sms") or (base.sms if base else 0), rows, shapes)
+    own = [_row(row) for row in held["rows"]]
+    base = load(held["base"]) if "base" in held else Table(name, held["sms"], (), {})
+    shapes = {key: (own[index].config, splits) for key, (index, splits) in held.get("shapes", {}).items()}
+    rows = (*base.rows, *(row for row in own if row not in base.rows))
+    return Table(name, held["sms"], rows, shapes)
 
 
 def _row(held: dict[str, Any]) -> Row:
-    config = Config(**held["config"])
     return Row(
-        held["kind"], tuple(held["layouts"]), tuple(held["epilogues"]), config, held["cycles"],
-        held.get("resident", 1),
-    )  # fmt: skip
+        kind=held["kind"],
+        layouts=tuple(held["layouts"]),
+        epilogues=tuple(held["epilogues"]),
+        config=Config(**held["config"]),
+        cycles=held["cycles"],
+        resident=held["resident"],
+    )
+
+
+def written(row: Row) -> dict[str, Any]:
+    """The row as a table's file holds it."""
+    return {
+        "kind": row.kind,
+        "layouts": list(row.layouts),
+        "epilogues": list(row.epilogues),
+        "config": row.config._asdict(),
+        "cycles": row.cycles,
+        "resident": row.resident,
+    }
 
 
 def architecture(name: str) -> str:
@@ -145,8 +161,7 @@ def choose(
     """
     measured = table.shapes.get(shape_key(kind, layout, epilogue, M, N, K))
     if measured is not None and (splittable or measured[1] == 1):
-        row, splits = measured
-        return table.rows[row].config, splits
+        return measured
     best: tuple[float, Config, int] | None = None
     for row in table.rows:
         if row.serves(kind, layout, epilogue):

@@ -68,7 +68,12 @@ def test_the_tuning_part_is_called_with_what_is_left_of_the_time(
 ) -> None:
     called = {}
     stub = types.ModuleType("benchmarks.tune")
-    stub.run = lambda device, path, console, *, minutes: called.update(device=device, minutes=minutes)  # type: ignore[attr-defined]
+
+    def tune(device: torch.device, path: Path, console: Console, *, minutes: float, dry: bool) -> dict:
+        called.update(device=device, minutes=minutes)
+        return {"left": [], "done": {}}
+
+    stub.run, stub.failures = tune, lambda held: []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "benchmarks.tune", stub)
     assert parts._run("tuning", a_job(tmp_path))[1]["status"] == "complete"
     assert called["device"].type == "cpu" and 0.9 < called["minutes"] <= 1.0

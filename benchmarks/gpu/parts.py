@@ -98,8 +98,12 @@ def models(job: Job) -> dict[str, Any]:
 
 
 def tuning(job: Job) -> dict[str, Any]:
-    _module("benchmarks.tune").run(job.device, job.out, job.console, minutes=job.minutes)
-    return _outcome({}, [])
+    tune = _module("benchmarks.tune")
+    held = tune.run(job.device, job.out, job.console, minutes=job.minutes, dry=job.dry)
+    if not job.dry:
+        tune.install(held)
+    left = dict.fromkeys(held["left"], "the time was over")
+    return _outcome(left, tune.failures(held)) | {"counts": {"buckets": len(held["done"])}}
 
 
 PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {"kernels": kernels, "models": models, "tuning": tuning}
