@@ -125,18 +125,32 @@ def static() -> str:
     found = _load("static.json")
     if found is None:
         return "The static lane's record has not been written yet.\n"
-    groups: dict[str, list[dict[str, int]]] = defaultdict(list)
-    for key, builds in found.items():
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for key, builds in found["kernels"].items():
         groups[key.split("(")[0]] += builds.values()
     rows = [
-        (f"`{kernel}`", len(group), max(f["registers"] for f in group), max(f["shared"] for f in group))
+        (
+            f"`{kernel}`",
+            len(group),
+            max(f["registers"] for f in group),
+            f"{max(f['shared'] for f in group):,}",
+            _range([str(f["warps"]) for f in sorted(group, key=lambda f: f["warps"])]),
+            _range([f"{r:.2f}" for r in sorted(f["ratio"] for f in group if "ratio" in f)]),
+        )
         for kernel, group in sorted(groups.items())
     ]
     title = (
         "Ahead-of-time builds of the shipped kernel configurations for sm_80, sm_90 and sm_100, Triton 3.6 "
-        "and 3.8; no spills and no serialised wgmma in any (the gate of `python -m benchmarks.static`):\n\n"
+        "and 3.8; no spills and no serialised wgmma in any (the gate of `python -m benchmarks.static`). "
+        "Loop: cycles to issue an iteration of the hot loop over those of the unit that bounds it (products "
+        "or memory), on sm_80 and sm_90, not measured:\n\n"
     )
-    return title + _table(("kernel", "builds", "registers, most", "shared memory, most bytes"), rows)
+    headers = ("kernel", "builds", "registers, most", "shared memory, most bytes", "warps per SM", "loop")
+    return title + _table(headers, rows)
+
+
+def _range(shown: list[str]) -> str:
+    return "–".join(dict.fromkeys((shown[0], shown[-1]))) if shown else ""
 
 
 def traffic() -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.static import lane as static
-from benchmarks.static import specialisations
+from benchmarks.static import build, gate, record, report, roofline, sass, specialisations
+from benchmarks.static.occupancy import ARCHITECTURES, occupancy
 from fusekit.kernels._triton import HAS_TRITON
 from fusekit.kernels.launch import Launch
 
@@ -27,7 +30,10 @@ FIGURES = {
     "advisories": [],
     "tensor_cores": True,
     "shared": 98304,
+    "mix": {"wgmma": 4},
+    "loop": {"instructions": 100, "stalls": 200, "mufu": 0, "limit": "half", "amount": 512 * 4096},
 }
+RECORDED = gate.derive(FIGURES, 8)
 
 KERNELS = """
     import triton
@@ -55,12 +61,13 @@ def compile_kernel(tmp_path, monkeypatch):
     (tmp_path / "lane_kernels.py").write_text(textwrap.dedent(KERNELS))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def run(kernel: str, arch: int, dtype: str = "*bf16", warps: int = 4, **constexprs: int) -> dict:
+    def run(kernel: str, arch: int | str, dtype: str = "*bf16", warps: int = 4, **constexprs: int) -> dict:
         names = ["a_ptr", "b_ptr", "c_ptr", "K"] if kernel == "product" else ["a_ptr"]
         signature = dict.fromkeys(names, dtype) | ({"K": "i32"} if kernel == "product" else {})
         job = {
             "key": kernel,
             "arch": arch,
+            "loop": arch in sass.VERIFIED,
             "module": "lane_kernels",
             "kernel": kernel,
             "signature": signature | dict.fromkeys(constexprs, "constexpr"),
@@ -68,7 +75,7 @@ def compile_kernel(tmp_path, monkeypatch):
             "divisible": names,
             "options": {"num_warps": warps, "num_stages": 2},
         }
-        worker = [sys.executable, str(static.WORKER)]
+        worker = [sys.executable, str(build.WORKER)]
         output = subprocess.run(
             worker, input=json.dumps(job), capture_output=True, text=True, check=True
         ).stdout
@@ -77,19 +84,23 @@ def compile_kernel(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("arch", static.ARCHITECTURES)
+@pytest.mark.parametrize("arch", build.TARGETS)
 def test_a_good_product_passes(compile_kernel, arch):
     figures = compile_kernel("product", arch, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
-    assert static.gate(figures, warps=4) == [] and figures["tensor_cores"] and figures["registers"] > 16
+    assert gate.gate(figures, warps=4) == [] and figures["tensor_cores"] and figures["registers"] > 16
+    assert any(name in figures["mix"] for name in ("mma", "wgmma", "tcgen05"))
+    if arch in sass.VERIFIED:
+        assert figures["loop"]["limit"] == "half" and figures["loop"]["amount"] == 2 * 64 * 64 * 64
+        assert 20 < figures["loop"]["instructions"] <= figures["loop"]["stalls"]
 
 
 def test_a_kernel_that_spills_fails(compile_kernel):
     figures = compile_kernel("product", 90, BLOCK_M=256, BLOCK_N=256, BLOCK_K=32)
-    assert any("spills" in sentence for sentence in static.gate(figures, warps=4))
+    assert any("spills" in sentence for sentence in gate.gate(figures, warps=4))
 
 
 def test_a_kernel_that_does_not_compile_fails(compile_kernel):
-    (sentence,) = static.gate(compile_kernel("broken", 90, BLOCK=64), warps=4)
+    (sentence,) = gate.gate(compile_kernel("broken", 90, BLOCK=64), warps=4)
     assert "does not compile" in sentence
 
 
@@ -124,21 +135,170 @@ def test_serialised_wgmma_is_noticed():
         ({"arch": 80, "shared": 166_913}, "shared memory"),
         ({"registers": 255}, "cannot be launched"),
         ({"registers": 129}, "120 are recorded"),
+        ({"shared": 98305 + 128}, "98304 are recorded"),
+        ({"shared": 120_000}, "warps fit on an SM, limited by shared memory"),
+        ({"mix": {"wgmma": 3}}, "3 wgmma instructions, 4 are recorded"),
+        ({"mix": {"mma": 9}}, "is a product off tensor cores"),
+        ({"loop": FIGURES["loop"] | {"stalls": 250}}, "the hot loop takes 0.49 of its bound"),
+        ({"loop": FIGURES["loop"] | {"instructions": 120}}, "240 cycles for 512"),
+        ({"loop": FIGURES["loop"] | {"mufu": 32}}, "512 cycles for 512"),
         ({"error": "CompilationError"}, "does not compile"),
     ],
 )
 def test_gate_names_what_is_wrong(change, sentence):
     warps = 16 if change.get("registers") == 255 else 8
-    assert static.gate(FIGURES, warps, FIGURES) == []
-    assert any(sentence in found for found in static.gate(FIGURES | change, warps, FIGURES))
+    assert gate.gate(FIGURES, 8, RECORDED) == []
+    assert any(sentence in found for found in gate.gate(FIGURES | change, warps, RECORDED))
 
 
-def test_regressions_are_judged_against_the_record():
-    found = {"k": specialisations.Specialisation("m", "k", {}, {}, [], {"num_warps": 4})}
-    results = {"3.8": {("k", 90): FIGURES}}
-    assert static.judge(found, results, static.to_record(results)) == []
-    better = {"k": {"triton 3.8 sm_90": {"registers": 64, "shared": 0}}}
-    assert static.judge(found, results, better)[0][:3] == ("k", "3.8", 90)
+def test_regressions_are_judged_against_the_record(tmp_path):
+    found = {"k(": specialisations.Specialisation("m", "k", {}, {}, [], {"num_warps": 8})}
+    results = {"3.8": {("k(", 90): FIGURES}}
+    record.write(record.to_record(found, results), tmp_path / "static.json")
+    recorded = record.read(tmp_path / "static.json")
+    assert gate.judge(found, results, recorded) == []
+    recorded["k("]["triton 3.8 sm_90"]["registers"] = 64
+    (failure,) = gate.judge(found, results, recorded)
+    assert failure[:3] == ("k(", "3.8", 90)
+    worse = FIGURES | {"registers": 96, "loop": FIGURES["loop"] | {"stalls": 210}}  # 5 %: tolerated
+    assert gate.judge(found, {"3.8": {("k(", 90): worse}}, record.to_record(found, results)) == []
+
+
+def test_a_record_of_another_schema_is_refused(tmp_path):
+    (tmp_path / "old.json").write_text('{"gemm": {}}')
+    with pytest.raises(ValueError, match="--record writes it anew"):
+        record.read(tmp_path / "old.json")
+    assert record.read(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "expected"),
+    [
+        (90, 32, 0, 4, (16, 64, "warps")),
+        (90, 16, 0, 1, (32, 32, "blocks")),
+        (90, 168, 98_304, 4, (2, 8, "shared memory")),
+        (90, 255, 1024, 8, (1, 8, "registers")),
+        (80, 128, 65_536, 8, (2, 16, "registers")),
+        (80, 128, 98_304, 8, (1, 8, "shared memory")),
+        (90, 129, 0, 16, (0, 0, "registers")),
+        (80, 32, 166_913, 4, (0, 0, "shared memory")),
+    ],
+)
+def test_occupancy_known_answers(arch, registers, shared, warps, expected):
+    """By hand from the limits; 129 registers are 136, of which a quarter of an SM holds 3 warps, not 4."""
+    assert occupancy(arch, registers, shared, warps) == expected
+
+
+def test_tensor_memory_limits_occupancy():
+    assert occupancy(100, 32, 0, 4, tensor_columns=256) == (2, 8, "tensor memory")
+
+
+def test_occupancy_agrees_with_cuxray():
+    cuxray = pytest.importorskip("cuxray.occupancy")
+    specs = importlib.import_module("cuxray.archspec")
+    compared = itertools.product((80, 90, 100), (16, 40, 97, 128, 255), (0, 20_000, 99_000), (1, 4, 8, 16))
+    for arch, registers, shared, warps in compared:
+        theirs = cuxray.compute(specs.lookup(f"sm_{arch}"), registers, warps * 32, 0, shared)
+        assert occupancy(arch, registers, shared, warps).blocks == theirs.blocks_per_sm
+
+
+SASS = """
+_kernel:
+        /*0000*/               @P0 BRA `(.L_x_2) ;           /* 0x0000000000000947 */
+                                                             /* 0x000fe20000000000 */
+.L_x_0:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ; /* 0x0000000000000fae */
+                                                             /* 0x000fe40000000000 */
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ; /* 0x000000000000723c */
+                                                             /* 0x000ff00000000000 */
+        /*0030*/                   MUFU.EX2 R5, R5 ;         /* 0x0000000000007308 */
+                                                             /* 0x000fe20000000000 */
+        /*0040*/              @!P1 BRA `(.L_x_1) ;           /* 0x0000000000009947 */
+                                                             /* 0x000fea0000000000 */
+        /*0050*/                   BRA.U UP0, `(.L_x_0) ;    /* 0x0000000000009547 */
+                                                             /* 0x000fea0000000000 */
+.L_x_2:
+        /*0060*/                   EXIT ;                    /* 0x000000000000794d */
+                                                             /* 0x000fea0000000000 */
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3) ;           /* 0x0000000000007947 */
+                                                             /* 0x000fc00000000000 */
+"""
+
+
+def test_the_hot_loop_is_the_inner_one_and_its_bound_is_known():
+    """Stalls are bits 41-44 of the upper words: 8 (ff0), 1 (fe2) and 5 (fea)."""
+    loop = sass.hot_loop(SASS, warps=8, products=True)
+    assert loop == {"instructions": 3, "stalls": 14, "mufu": 1, "limit": "half", "amount": 8 * 4096}
+    assert len(sass.loops(sass.blocks(SASS))) == 2  # what only an unreachable block jumps to is none
+    figures = gate.derive({**FIGURES, "arch": 80, "loop": loop}, 8)
+    assert figures["bound"] == 16 and figures["cycles"] == 16 and figures["ratio"] == 1.0  # mufu: 8 * 32 / 16
+    copying = sass.hot_loop(SASS.replace("HMMA.16816", "MOV"), warps=8, products=False)
+    assert copying["limit"] == "memory" and copying["amount"] == 16 * 32 * 8 and copying["instructions"] == 5
+
+
+def test_the_schedule_agrees_with_cuxray(compile_kernel, tmp_path, monkeypatch):
+    """The same sum of the same loop, by a tool that follows nvdisasm's own control flow."""
+    pytest.importorskip("cuxray")
+    worker = importlib.import_module("benchmarks.static.worker")
+    triton = importlib.import_module("triton")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    monkeypatch.setenv("TRITON_KERNEL_DUMP", "1")
+    monkeypatch.setenv("TRITON_DUMP_DIR", str(tmp_path / "dump"))
+    figures = compile_kernel("product", 90, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+    (ptx,), cubin = tmp_path.rglob("*.ptx"), tmp_path / "new.cubin"  # cuxray reads newer ELF than ptxas made
+    subprocess.run([tools / "ptxas-blackwell", "-arch=sm_90a", ptx, "-o", cubin], check=True)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUXRAY_NO_FETCH", "1")
+    command = [sys.executable, "-m", "cuxray", "sched", str(cubin), "--json"]
+    theirs = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    ours = worker.read_loop({"cubin": cubin.read_bytes(), "ttir": ""}, warps=4)
+    (loop,) = theirs["results"][0]["loops"]
+    assert ours["instructions"] == loop["instructions"] and figures["loop"]["amount"] == ours["amount"]
+    assert ours["stalls"] == loop["est_issue_stall_cycles_per_iter"]
+
+
+def test_gfx942_is_reported_and_fails_nothing(compile_kernel):
+    figures = compile_kernel("product", "gfx942", BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+    assert figures["mfma"] > 0 and figures["vgpr"] > 16 and figures["products"]
+    broken = compile_kernel("broken", "gfx942", BLOCK=64)
+    large = figures | {"key": "large(", "lds": 65_537}
+    results = {"3.8": {(f"{f['key']}(", "gfx942"): f for f in (figures, broken, large)}}
+    assert gate.judge({}, results, {}) == [] and record.to_record({}, results) == {}
+    assert "CompilationError" in report.obstacle(broken) and "LDS" in report.obstacle(large)
+    assert report.obstacle(figures) == "" and report.amd_table(results).row_count == 3
+    assert report.amd_table({"3.8": {("k(", 90): FIGURES}}) is None
+
+
+def test_predictions_are_the_roofline():
+    h100 = roofline.DEVICES["H100"]
+    assert roofline.predict(roofline.Work(989_400_000_000, 1), h100, True) == (pytest.approx(1e-3), "compute")
+    assert roofline.predict(roofline.Work(1, 3_350_000_000), h100, True) == (pytest.approx(1e-3), "memory")
+    assert roofline.predict(roofline.Work(66_900_000_000, 1), h100, False) == (pytest.approx(1e-3), "compute")
+
+
+def test_published_rates_agree_with_rates_a_cycle():
+    """A device's peak over FLOPs a cycle is its SMs times its boost clock; so is its share of bandwidth."""
+    for name, boost in (("A100", 108 * 1.41e9), ("H100", 132 * 1.83e9)):
+        device = roofline.DEVICES[name]
+        chip = ARCHITECTURES[device.arch]
+        assert chip.flops["half"] * boost == pytest.approx(device.half, rel=0.01)
+        assert chip.flops["fp32"] * boost == pytest.approx(device.fp32, rel=0.09)
+        assert chip.bytes_per_cycle * boost == pytest.approx(device.bandwidth, rel=0.01)
+
+
+def test_the_report_is_one_page(tmp_path, monkeypatch):
+    key = "attention_kernels._forward_kernel(*bf16)"
+    found = {key: specialisations.Specialisation("m", "k", {}, {}, [], {"num_warps": 8})}
+    results = {"3.8": {(key, 90): FIGURES | {"key": key}, ("gemm._gemm_kernel(", "gfx942"): {"error": "no"}}}
+    times = [roofline.Prediction("attention", "T=4", "bfloat16", "forward", "H100", 2e-6, "compute")]
+    page = importlib.import_module("benchmarks.static.page")
+    monkeypatch.setattr(page, "predictions", lambda: iter(times))
+    text = page.write_report(found, results, [(key, "3.8", 90, "spills")], tmp_path).read_text()
+    assert "spills" in text and "2 µs" in text and "not measured" in text and "gfx942" in text
+    assert 'src="data:image/svg' in text and "http" not in re.sub(r"data:[^\"]+", "", text)
+    assert {f.suffix for f in tmp_path.iterdir()} == {".html", ".png", ".svg"}
 
 
 def test_specialisation_follows_tritons_launcher():
@@ -176,10 +336,10 @@ def test_every_op_is_compiled_in_every_dtype():
 
 def test_every_kernel_file_loads_without_torch():
     """What the worker does in the environment of Triton 3.6, which has no PyTorch."""
-    names = [f.stem for f in Path(static.ROOT, "kernels").glob("*.py") if f.stem != "__init__"]
+    names = [f.stem for f in Path(build.CHECKOUT, "kernels").glob("*.py") if f.stem != "__init__"]
     program = f"""
         import importlib, sys
-        sys.path.insert(0, {str(static.WORKER.parent)!r})
+        sys.path.insert(0, {str(build.WORKER.parent)!r})
         import worker
         worker.prepare()
         for name in {names!r}:

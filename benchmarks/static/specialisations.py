@@ -136,7 +136,7 @@ def _calls(op: Op) -> Iterator[tuple[tuple[Any, ...], bool]]:
                 yield (*sample.args, *defaults, True)[: tf32[0] + 1], sample.bench
 
 
-def _forward_and_backward(op: Op, args: tuple[Any, ...]) -> None:
+def forward_and_backward(op: Op, args: tuple[Any, ...]) -> None:
     returned = op.fused(*args)
     outputs = [t for t in ([returned] if isinstance(returned, Tensor) else returned) if t.requires_grad]
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
@@ -151,7 +151,7 @@ def collect() -> dict[str, Specialisation]:
             for args, bench in _calls(op):
                 for target in ALL_TARGETS:
                     with record(target) as launches:
-                        _forward_and_backward(op, args)
+                        forward_and_backward(op, args)
                     for start in filter(lambda start: all(start.grid), launches):
                         _add(found, specialise(start, bench), target)
         for target, row in products.tables():

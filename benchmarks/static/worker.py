@@ -2,8 +2,9 @@
 
     python benchmarks/static/worker.py < jobs > results        one JSON object a line, both ways
 
-A job is a Specialisation as a dict, plus "arch" (80, 90, 100) and "key". PyTorch is not needed: kernel files
-are loaded with a stand-in for it, because only their jit functions are wanted.
+A job is a Specialisation as a dict, plus "arch" (80, 90, 100 or "gfx942"), "key", and "loop", whether the
+machine code is wanted too. PyTorch is not needed: kernel files are loaded with a stand-in for it, because
+only their jit functions are wanted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import types
@@ -21,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.static import ptx, sass  # noqa: E402
+
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SERIALISED = ("C7511", "C7512", "C7515")  # ptxas: "wgmma serialized", every product waits for the one before
 
@@ -116,17 +122,40 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     )
     printed = io.StringIO()
     found = {"key": job["key"], "arch": job["arch"]}
+    target = GPUTarget("hip", "gfx942", 64) if job["arch"] == "gfx942" else GPUTarget("cuda", job["arch"], 32)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             options = {"enable_fp_fusion": True, **job["options"]}
-            compiled = triton.compile(source, target=GPUTarget("cuda", job["arch"], 32), options=options)
+            compiled = triton.compile(source, target=target, options=options)
     except Exception as error:
         return {**found, "error": f"{type(error).__name__}: {str(error).strip()[-400:]}"}
+    if target.backend == "hip":
+        return {**found, **ptx.amd(compiled.asm["amdgcn"]), "products": bool(_dots(compiled.asm["ttir"]))}
     return {
         **found,
         **read_code(compiled.asm, printed.getvalue(), job["arch"]),
         "shared": compiled.metadata.shared,
+        "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "loop": read_loop(compiled.asm, job["options"]["num_warps"]) if job["loop"] else None,
     }
+
+
+def _dots(ttir: str) -> list[tuple[str, str, str]]:
+    """Attributes, rows and operand dtype of every product."""
+    return re.findall(r"= tt\.dot (.*) : tensor<(\d+)x\d+x(\w+)> \*", ttir)
+
+
+def read_loop(asm: dict[str, Any], warps: int) -> dict[str, Any] | None:
+    """See sass.hot_loop. The machine code is what ships: made by the ptxas that comes with this Triton."""
+    import triton
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [str(disassembler), "-c", "-hex", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sass.hot_loop(listing, warps, bool(_dots(asm["ttir"])))
 
 
 def read_code(asm: dict[str, Any], log: str, arch: int) -> dict[str, Any]:
@@ -134,8 +163,7 @@ def read_code(asm: dict[str, Any], log: str, arch: int) -> dict[str, Any]:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     registers = re.search(r"Used (\d+) registers", log)
     assert registers, f"ptxas said nothing about registers: {log[:200]}"
-    dots = re.findall(r"= tt\.dot (.*) : tensor<(\d+)x\d+x(\w+)> \*", asm["ttir"])
-    wanted = [int(rows) for text, rows, dtype in dots if dtype != "f32" or "= tf32" in text]
+    wanted = [int(rows) for text, rows, dtype in _dots(asm["ttir"]) if dtype != "f32" or "= tf32" in text]
     instruction = TENSOR_CORE[arch]
     # A warpgroup multiplies 64 rows; smaller tiles use the older instruction on every architecture.
     allowed = [instruction] if wanted and min(wanted) >= 64 else [instruction, "mma.sync"]
@@ -144,6 +172,7 @@ def read_code(asm: dict[str, Any], log: str, arch: int) -> dict[str, Any]:
         "spills": sum(spills),
         "advisories": sorted({code for code in SERIALISED if code in log}),
         "tensor_cores": not wanted or any(name in asm["ptx"] for name in allowed),
+        "mix": ptx.mix(asm["ptx"]),
     }
 
 

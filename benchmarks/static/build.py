@@ -1,0 +1,122 @@
+"""Builds: which kernel with which Triton for which architecture, compiled in worker processes and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results_file import CHECKOUT
+from benchmarks.static import sass
+from benchmarks.static.specialisations import Specialisation
+
+FOLDER = Path(__file__).resolve().parent
+WORKER = FOLDER / "worker.py"
+CACHE = CHECKOUT / ".static"
+PYTHONS = {"3.8": Path(sys.executable), "3.6": CHECKOUT / ".venv-triton36" / "bin" / "python"}
+TARGETS = (80, 90, 100)
+GPU_MACHINE = ("3.6", 90)
+AMD = ("3.8", "gfx942")
+
+Figures = dict[str, Any]
+Results = dict[str, dict[tuple[str, Any], Figures]]  # by Triton, then by key and architecture
+Jobs = dict[str, list[dict[str, Any]]]  # by Triton
+
+
+def plan(specialisations: Iterable[Specialisation], everything: bool = False, amd: bool = False) -> Jobs:
+    """The jobs of each Triton; with `amd`, those of gfx942 that samples of real size need, as well."""
+    jobs: Jobs = {version: [] for version in PYTHONS}
+    for found in specialisations:
+        archs = [arch for arch in TARGETS if f"sm_{arch}" in found.targets]
+        pairs: list[tuple[str, Any]] = [(version, arch) for version in PYTHONS for arch in archs]
+        builds = [pair for pair in pairs if everything or _planned(found, pair)]
+        if amd and found.bench and "sm_80" in found.targets:  # whose tables serve what has none
+            builds.append(AMD)
+        for version, arch in builds:
+            # Reading machine code takes as long as compiling: only where it is real size and understood.
+            loop = found.bench and arch in sass.VERIFIED
+            job = {**dataclasses.asdict(found), "key": found.key, "arch": arch, "loop": loop}
+            jobs[version].append(job)
+    return jobs
+
+
+def _planned(found: Specialisation, build: tuple[str, Any]) -> bool:
+    if "*fp16" in found.signature.values():
+        return found.bench and build == GPU_MACHINE
+    return found.bench or build == GPU_MACHINE
+
+
+def compile_all(jobs: Jobs, advance: Callable[[], None]) -> Results:
+    """One process a version, all at a time; `advance` is called after each build."""
+    results: Results = {version: {} for version in jobs}
+    failures: list[str] = []
+
+    def run(version: str) -> None:
+        try:
+            for figures in _compiled(version, jobs[version]):
+                results[version][figures["key"], figures["arch"]] = figures
+                advance()
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=run, args=(version,)) for version in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise SystemExit("\n".join(failures))
+    return results
+
+
+def _compiled(version: str, jobs: list[dict[str, Any]]) -> Iterator[Figures]:
+    CACHE.mkdir(exist_ok=True)
+    fresh = []
+    for job in jobs:
+        cached = _cache_file(version, job)
+        if cached.exists():
+            yield json.loads(cached.read_text())
+        else:
+            fresh.append(job)
+    if not fresh:
+        return
+    worker = subprocess.Popen(
+        [str(PYTHONS[version]), str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdin and worker.stdout
+    feeder = threading.Thread(target=_feed, args=(worker.stdin, fresh))
+    feeder.start()
+    done = 0
+    for job, line in zip(fresh, worker.stdout, strict=False):
+        figures, done = json.loads(line), done + 1
+        if "error" not in figures:
+            _cache_file(version, job).write_text(line)
+        yield figures
+    feeder.join()
+    if worker.wait() or done < len(fresh):
+        raise RuntimeError(f"the compiler process of Triton {version} died at {fresh[done]['key']}")
+
+
+def _feed(pipe: Any, jobs: list[dict[str, Any]]) -> None:
+    with pipe:
+        pipe.writelines(json.dumps(job) + "\n" for job in jobs)
+
+
+def _cache_file(version: str, job: dict[str, Any]) -> Path:
+    """Named by what decides the figures: the job, which holds a hash of the kernel's source, and Triton."""
+    decisive = {k: v for k, v in job.items() if k not in ("bench", "targets")}
+    text = json.dumps([version, _readers(), decisive], sort_keys=True)
+    return CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+@functools.cache
+def _readers() -> str:
+    code = b"".join((FOLDER / name).read_bytes() for name in ("worker.py", "sass.py", "ptx.py"))
+    return hashlib.sha256(code).hexdigest()
