@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.gpu import step
@@ -60,7 +61,7 @@ def parts(results: dict[str, Any]) -> Table:
 def _found(part: dict[str, Any]) -> str:
     counts = ", ".join(f"{number} {what}" for what, number in part.get("counts", {}).items())
     failures = f"{len(part['failures'])} failed" if part.get("failures") and "failed" not in counts else ""
-    return "; ".join(text for text in (counts, failures, part.get("reason")) if text)
+    return escape("; ".join(text for text in (counts, failures, part.get("reason")) if text))
 
 
 def gains(cells: list[dict[str, Any]]) -> Table:
