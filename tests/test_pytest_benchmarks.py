@@ -44,7 +44,7 @@ def test_the_json_holds_our_fields_and_the_missing_are_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "b.json"
-    chosen = ["--providers", "eager", "fusekit", "liger-kernel", "-k", "rms and forward", "-rs"]
+    chosen = ["--providers", "eager", "fusekit", "liger-kernel", "-k", "add_rms_norm and forward", "-rs"]
     assert collected(*chosen, f"--benchmark-json={path}") == 0
     assert "liger-kernel: needs a CUDA GPU" in capsys.readouterr().out
     found = {b["extra_info"]["provider"]: b for b in json.loads(path.read_text())["benchmarks"]}
