@@ -232,8 +232,8 @@ def test_the_page_holds_its_plots_and_escapes_what_providers_say(tmp_path):
     results = run(tmp_path / "k.json", ops=("add_layer_norm", "linear_act"))
     results["cells"][0] = {k: v for k, v in results["cells"][0].items() if k != "seconds"} | {"failed": "<b>"}
     page = command.write_report(results, tmp_path / "report").read_text()
-    assert page.count("data:image/png;base64,") == len(list((tmp_path / "report").glob("*.png"))) >= 2
-    assert "http" not in page.replace("https://", "http").split("<table>")[0] and "&lt;b&gt;" in page
+    assert page.count("data:image/svg+xml;base64,") == len(list((tmp_path / "report").glob("*.png"))) >= 2
+    assert "src='http" not in page and 'src="http' not in page and "&lt;b&gt;" in page
     assert all(math.isfinite(c["share"]) for c in results["cells"] if "share" in c)
 
 
@@ -251,7 +251,8 @@ def test_curves_over_columns_and_tokens_are_drawn_from_sweeps(tmp_path):
     ceilings = {"bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11}}
     results = {"cells": cells, "ceilings": ceilings, "settings": {"dtypes": ["float32", "bfloat16"]}}
     drawn = {path.name for path in draw(results, tmp_path)}
-    assert drawn == {p.name for p in tmp_path.iterdir()} and {"columns.png", "tokens.png"} <= drawn
+    assert drawn == {p.name for p in tmp_path.glob("*.svg")} and {"columns.svg", "tokens.svg"} <= drawn
+    assert {p.stem for p in tmp_path.glob("*.png")} == {p.stem for p in tmp_path.glob("*.svg")}
 
 
 def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.gpu import step
 from benchmarks.gpu.run import LOST_DEVICE
 from benchmarks.kernels import run as kernel_run
 from benchmarks.kernels.providers import STANDARD
@@ -29,6 +28,16 @@ from benchmarks.results_file import read_kernels, write_results
 from fusekit.kernels import OPS
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the first is finished before the next begins
+MODELS = ("GPT-2 124M", "Llama 1B", "ViT-B", "ResNet-50")
+MODEL_PROVIDERS = (
+    "eager float32",
+    "eager bf16",
+    "compile bf16",
+    "liger bf16",
+    "fusekit bf16",
+    "fusekit bf16 inductor",
+)
+MODEL_MINUTES = 2.0  # for one model: its providers start one after the other, and most compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +71,7 @@ def kernels(job: Job) -> dict[str, Any]:
         largest_first=True,
     )
     _reopen(job)
-    try:
-        results = kernel_run.run(settings, job.out, job.console, fresh=job.fresh)
-    except ValueError as error:  # an earlier run of other code is in the way: this machine's time is short
-        job.console.print(f"kernels: starting anew, for {error}", highlight=False, soft_wrap=True)
-        results = kernel_run.run(settings, job.out, job.console, fresh=True)
+    results = _anew_if_in_the_way(kernel_run.run, settings, job)
     ours = [text for text in kernel_run.failures(results) if " fusekit: " in text]
     counts = {"cases": len(results["done"]), "cells": len(results["cells"])}
     return _outcome(results["left_out"], ours) | {"counts": counts}
@@ -86,15 +91,31 @@ def _reopen(job: Job) -> None:
 
 
 def models(job: Job) -> dict[str, Any]:
-    models, providers = (
-        (("tiny GPT",), ("eager", "fusekit")) if job.dry else (("GPT-2 124M",), step.PROVIDERS)
+    """As many as there is time for, the most telling first; dry, a small one by two providers."""
+    suite = _module("benchmarks.models.run")
+    many = max(1, int(job.minutes / MODEL_MINUTES))
+    settings = suite.Settings(
+        device=job.device,
+        models=("GPT 17M",) if job.dry else MODELS[:many],
+        providers=("eager float32", "fusekit bf16") if job.dry else MODEL_PROVIDERS,
+        minutes=job.minutes,
+        small=job.dry,
     )
-    settings = step.Settings(
-        device=job.device, models=models, providers=providers, minutes=job.minutes, small=job.dry
-    )
-    results = step.run(settings, job.out, job.console, fresh=job.fresh)
-    ours = [text for text in step.failures(results) if " fusekit" in text]
-    return _outcome(results["left_out"], ours) | {"counts": {"cells": len(results["cells"])}}
+    results = _anew_if_in_the_way(suite.run, settings, job)
+    ours = [text for text in suite.failures(results) if " fusekit " in text]
+    counts = {"models": len(results["done"]), "cells": len(results["cells"])}
+    return _outcome(results["left_out"], ours) | {"counts": counts}
+
+
+def _anew_if_in_the_way(run: Callable[..., dict[str, Any]], settings: Any, job: Job) -> dict[str, Any]:
+    """An interrupted run of other code must not stop this one: the machine's time is short."""
+    try:
+        return run(settings, job.out, job.console, fresh=job.fresh)
+    except ValueError as error:
+        if job.fresh:
+            raise
+        job.console.print(f"starting anew, for {error}", highlight=False, soft_wrap=True, markup=False)
+        return run(settings, job.out, job.console, fresh=True)
 
 
 def tuning(job: Job) -> dict[str, Any]:

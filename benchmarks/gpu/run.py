@@ -20,7 +20,7 @@ from benchmarks.results_file import CHECKOUT, environment, write_results
 
 # The most valuable first. A part may take its share of the time that is left, relative to those still to
 # come, so what one does not need goes to the others.
-PARTS = {"tests": 0.25, "kernels": 0.40, "models": 0.25, "tuning": 0.10}
+PARTS = {"tests": 0.22, "kernels": 0.38, "models": 0.30, "tuning": 0.10}
 LEAST_SECONDS = 10.0  # with less a part does not begin: importing PyTorch alone takes several
 GRACE_SECONDS = 15.0  # a part looks at its clock between measurements; then it is stopped
 CRASHES = 4  # of one part; after each a new process continues behind the measurement that crashed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 from collections import defaultdict
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.gpu import step
 from benchmarks.kernels.run import grouped
 from benchmarks.results_file import read_kernels
 
@@ -43,7 +44,10 @@ def show(results: dict[str, Any], console: Console) -> None:
 def parts(results: dict[str, Any]) -> Table:
     machine = results["environment"]
     where = f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, triton {machine['triton']}"
-    view = Table(title=f"{where}, {results['minutes']:g} minutes", title_justify="left")
+    where += f", {results['minutes']:g} minutes" + (
+        "; dry, no figure means anything" if results["dry"] else ""
+    )
+    view = Table(title=where, title_justify="left")
     for heading in ("part", "", "found", "file"):
         view.add_column(heading, overflow="fold")
     view.add_column("s", justify="right", no_wrap=True)
@@ -60,7 +64,7 @@ def parts(results: dict[str, Any]) -> Table:
 def _found(part: dict[str, Any]) -> str:
     counts = ", ".join(f"{number} {what}" for what, number in part.get("counts", {}).items())
     failures = f"{len(part['failures'])} failed" if part.get("failures") and "failed" not in counts else ""
-    return "; ".join(text for text in (counts, failures, part.get("reason")) if text)
+    return escape("; ".join(text for text in (counts, failures, part.get("reason")) if text))
 
 
 def gains(cells: list[dict[str, Any]]) -> Table:
@@ -98,12 +102,13 @@ def _cells(path: Path) -> list[dict[str, Any]]:
 
 
 def _models(path: Path) -> Table | None:
+    """None where there is no file, or one that this checkout cannot read."""
     for candidate in (Path(f"{path}.partial"), path):
         if candidate.is_file():
             try:
                 results = json.loads(candidate.read_text(encoding="utf-8"))
-                return step.table(results)
-            except (ValueError, KeyError):
+                return importlib.import_module("benchmarks.models.run").table(results)
+            except (ImportError, ValueError, KeyError):
                 continue
     return None
 

@@ -34,6 +34,20 @@ def count(settings: Settings) -> int:
     return sum(len(_order(name, dtype, settings)) for name, dtype in _rows(settings, settings.dtypes))
 
 
+def listing(settings: Settings) -> Iterator[tuple[str, torch.dtype, int, str]]:
+    """Op, dtype, position and name of every sample, without drawing any."""
+    for name, dtype in _rows(settings, settings.dtypes):
+        with FakeTensorMode():
+            titles = [sample.name for sample in _samples(name, dtype, settings)]
+        for index in _order(name, dtype, settings):
+            yield name, dtype, index, titles[index] or str(index)
+
+
+def draw(name: str, dtype: torch.dtype, settings: Settings, index: int) -> Case:
+    """The case at a position of the listing."""
+    return Case(name, OPS[name], dtype, _sample(name, dtype, settings, index), index)
+
+
 def label(case: Case) -> str:
     return f"{case.name} {case.sample.name or case.index} {dtype_name(case)}"
 
@@ -43,8 +57,7 @@ def _in_turn(settings: Settings, dtypes: tuple[torch.dtype, ...]) -> Iterator[Ca
     for rank in range(max(map(len, rows.values()), default=0)):
         for (name, dtype), order in rows.items():
             if rank < len(order):  # one sample at a time in memory
-                sample = _sample(name, dtype, settings, order[rank])
-                yield Case(name, OPS[name], dtype, sample, order[rank])
+                yield draw(name, dtype, settings, order[rank])
 
 
 def _rows(settings: Settings, dtypes: tuple[torch.dtype, ...]) -> list[tuple[str, torch.dtype]]:

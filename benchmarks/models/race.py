@@ -103,7 +103,8 @@ class Race:
         """Rounds of those that run, as many as fit; then their start from a warm cache."""
         reserved = sum(map(self._seconds, self.waiting))
         if self.warm:
-            reserved += sum(c.start_wall for c in self.running)
+            compiled = (c for c in self.running if PROVIDERS[c.provider].kind != "eager")
+            reserved += sum(c.start_wall for c in compiled)
         for number in range(MOST_ROUNDS[self.device.type]):
             each = sum(c.wall for c in self.running)
             cheap = number < LEAST_ROUNDS and LEAST_ROUNDS * each < GRACE
@@ -116,8 +117,9 @@ class Race:
         for contender in finished:
             self._record(contender)
             self._stop(contender)
-        for contender in finished if self.warm else ():
-            self._start_again(contender)
+        for contender in finished:
+            if self.warm and PROVIDERS[contender.provider].kind != "eager":  # which compiles nothing
+                self._start_again(contender)
 
     def _start_again(self, before: Contender) -> None:
         """The start with the compiled code that the first process left in its folder."""
@@ -131,7 +133,8 @@ class Race:
         contender = self._start(before.provider)
         try:
             contender.step(max(PATIENCE, self.end - time.monotonic()))
-            found["warm_start_seconds"] = contender.answers[0]["start"] - found["wall_seconds"]
+            started = contender.answers[0]["start"]
+            found["warm_start_seconds"] = max(0.0, started - found["wall_seconds"])
         except Ended as end:
             found["note"] = f"warm start: {end}"
         finally:
@@ -158,7 +161,7 @@ class Race:
     def _seconds(self, name: str) -> float:
         """About how long its process takes to its first warm step, in wall time."""
         start = self.starts.get(name, PROVIDERS[name].start_seconds[self.device.type])
-        return (2 if self.warm else 1) * start + self.warm_up * self._step_seconds(name)
+        return start + self.warm_up * self._step_seconds(name)
 
     def _step_seconds(self, name: str) -> float:
         """About how long a step takes: as eager float32's, or as the rate of emulated products says."""

@@ -23,6 +23,8 @@ from fusekit.ceilings import Ceilings, measure_ceilings
 
 __all__ = ["Settings", "failures", "run", "table"]
 
+LEAST = {"cpu": 60.0, "cuda": 180.0}  # seconds for a model: one measured well before four hardly at all
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -167,7 +169,8 @@ def _measure_all(
             race = Race(
                 model=model, facts=facts, device=settings.device, small=settings.small,
                 warm=settings.measures_warm_start(), ceilings=ceilings, keep=keep, starts=starts,
-                end=now + (end - now) / (len(models) - number), folder=Path(folder) / str(number),
+                end=min(end, now + max((end - now) / (len(models) - number), LEAST[settings.device.type])),
+                folder=Path(folder) / str(number),
             )  # fmt: skip
             race.run(able)
             results["done"].append(model)

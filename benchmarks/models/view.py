@@ -49,14 +49,14 @@ def values(cell: dict[str, Any], reference: dict[str, Any]) -> tuple[str, ...]:
     if "seconds" not in cell:
         word = next((k.replace("_", " ") for k in ("failed", "skipped", "left_out") if k in cell), "")
         return (word,)
-    low, high = cell["quartiles"]
+    (low, high), rate = cell["quartiles"], cell["units_per_second"]
     speed = f"{reference['seconds'] / cell['seconds']:.2f}×" if "seconds" in reference else ""
     warm, error = cell.get("warm_start_seconds"), cell["loss_error"]
     return (
-        f"{1e3 * cell['seconds']:.4g}",
-        f"{1e3 * low:.4g}–{1e3 * high:.4g}",
+        _milliseconds(cell["seconds"]),
+        f"{_milliseconds(low)}–{_milliseconds(high)}",
         speed,
-        f"{cell['units_per_second']:,.4g}",
+        f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
         f"{cell['mfu']:.0%}",
         f"{cell['peak_bytes'] / 2**20:,.0f}",
         f"{cell['start_seconds']:.1f}",
@@ -66,6 +66,10 @@ def values(cell: dict[str, Any], reference: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def line(cell: dict[str, Any]) -> str:
     """A cell in one line."""
     name = f"{cell['model']} {cell['provider']}"
@@ -73,7 +77,7 @@ def line(cell: dict[str, Any]) -> str:
         if kind in cell:
             return f"{name}: {kind.replace('_', ' ')}: {cell[kind]}"
     note = f" ({cell['note']})" if "note" in cell else ""
-    return f"{name}: {1e3 * cell['seconds']:.4g} ms{note}"
+    return f"{name}: {_milliseconds(cell['seconds'])} ms{note}"
 
 
 def failures(results: dict[str, Any]) -> list[str]:

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.run import failures, grouped, shown
+from benchmarks.report.html import Section, bullets, facts, image, table, write_page
 from benchmarks.report.plots import draw
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #33383f; margin: 2rem auto;
-       max-width: 76rem; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-img { max-width: 100%; display: block; margin: 1rem 0 }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #d9dde3; text-align: right; white-space: nowrap }
-th:first-child, td:first-child, td.text, th.text { text-align: left }
-.bad { color: #b3261e } .faint { color: #8a929c } ul { padding-left: 1.2rem }
-"""
+CAPTIONS = {
+    "roofline": "Each op against the ceilings measured in the same run",
+    "times": "Speed of each provider over eager PyTorch, with its median time",
+    "columns": "Memory throughput of the norms over their columns",
+    "tokens": "Throughput of attention over the sequence length",
+}
 
 
 def write_report(results: dict[str, Any], folder: Path) -> Path:
     """index.html and the plots, in `folder`; returns the page. Without matplotlib the page has no plots."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = "".join(_image(path) for path in draw(results, folder))
+    images = "".join(image(path, _caption(path)) for path in draw(results, folder))
+    obstacles = [
+        f"{name} {p['version'] or ''}: {p['obstacle']}"
+        for name, p in results["providers"].items()
+        if p["obstacle"]
+    ]
+    left_out = [f"{name}: {reason}" for name, reason in results["left_out"].items()]
     sections = [
-        f"<h1>fusekit kernel suite, {escape(_device(results))}</h1>",
-        _facts(results),
-        "<h2>Plots</h2>" + (images or "<p>No plots: install matplotlib, or nothing was timed.</p>"),
-        "<h2>Every cell</h2>" + _cells(results),
-        _list("Failures", failures(results), "bad"),
-        _list("Left out", [f"{name}: {reason}" for name, reason in results["left_out"].items()]),
-        _list("Providers not measured", [
-            f"{name} {p['version'] or ''}: {p['obstacle']}"
-            for name, p in results["providers"].items() if p["obstacle"]
-        ]),
-    ]  # fmt: skip
-    page = folder / "index.html"
-    head = f"<meta charset=utf-8><title>fusekit kernels</title><style>{STYLE}</style>"
-    page.write_text(f"<!doctype html><html lang=en>{head}{''.join(sections)}</html>\n", encoding="utf-8")
-    return page
+        Section("Machine and ceilings", _facts(results)),
+        Section("Plots", images or "<p>No plots: install matplotlib, or nothing was timed.</p>"),
+        Section("Every cell", _cells(results)),
+        Section("Failures", bullets(failures(results), "bad")),
+        Section("Left out", bullets(left_out)),
+        Section("Providers not measured", bullets(obstacles)),
+    ]
+    return write_page(folder / "index.html", f"fusekit kernel suite, {_device(results)}", sections)
+
+
+def _caption(path: Path) -> str:
+    plot, _, dtype = path.stem.partition("_")
+    return CAPTIONS.get(plot, plot) + (f", {dtype}" if dtype else "")
 
 
 def _device(results: dict[str, Any]) -> str:
@@ -51,17 +51,19 @@ def _device(results: dict[str, Any]) -> str:
 
 def _facts(results: dict[str, Any]) -> str:
     ceilings = results["ceilings"]
-    facts = {k: v for k, v in results["environment"].items() if v is not None}
-    facts["copy"] = f"{ceilings['bytes_per_second'] / 1e9:,.1f} GB/s, measured"
+    shown_facts = dict(results["environment"])
+    shown_facts["copy"] = f"{ceilings['bytes_per_second'] / 1e9:,.1f} GB/s, measured"
     for dtype, rate in ceilings["flops_per_second"].items():
-        facts[f"{dtype} product"] = f"{rate / 1e9:,.1f} GFLOP/s, measured"
-    facts["clock"] = (
-        "CUDA events, cold cache" if facts["device"] == "cuda" else "one thread, process time, cold cache"
+        shown_facts[f"{dtype} product"] = f"{rate / 1e9:,.1f} GFLOP/s, measured"
+    shown_facts["clock"] = (
+        "CUDA events, cold cache"
+        if shown_facts["device"] == "cuda"
+        else "process time of one thread, cold cache"
     )
     for name, found in results["providers"].items():
         if not found["obstacle"]:
-            facts[name] = found["version"]
-    return _table(("", ""), [[escape(str(k)), escape(str(v))] for k, v in facts.items()], text=2)
+            shown_facts[name] = found["version"]
+    return facts(shown_facts)
 
 
 def _cells(results: dict[str, Any]) -> str:
@@ -72,7 +74,7 @@ def _cells(results: dict[str, Any]) -> str:
         for key, row in grouped(results["cells"]).items()
     ]
     note = "<p>Median time · GB/s · share of the measured ceiling · error against float64.</p>"
-    return note + _table(("op", "sample", "dtype", "direction", *providers), rows, text=4)
+    return note + table(("op", "sample", "dtype", "direction", *providers), rows, text=4)
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
@@ -86,22 +88,3 @@ def _cell(cell: dict[str, Any] | None) -> str:
     title = f"quartiles {low:.1f}–{high:.1f} µs of {len(cell['samples'])} samples"
     rates = f"{cell['bytes_per_second'] / 1e9:.1f} · {cell['share']:.0%} · {cell['error']:.0e}"
     return f'<span title="{title}">{shown(cell)}</span> <span class=faint>{rates}</span>'
-
-
-def _table(headings: tuple[str, ...], rows: list[list[str]], text: int) -> str:
-    def line(tag: str, values: Any) -> str:
-        cells = (f"<{tag}{' class=text' if i < text else ''}>{v}</{tag}>" for i, v in enumerate(values))
-        return f"<tr>{''.join(cells)}</tr>"
-
-    head = line("th", headings) if any(headings) else ""
-    return f"<div class=wide><table>{head}{''.join(line('td', row) for row in rows)}</table></div>"
-
-
-def _list(title: str, entries: list[str], style: str = "") -> str:
-    items = "".join(f"<li class='{style}'>{escape(entry)}</li>" for entry in entries)
-    return f"<h2>{title}</h2><ul>{items}</ul>" if entries else ""
-
-
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.run import grouped
-from fusekit.plots import COLOURS, GRID, INK, _finish, _pyplot, _write
+from benchmarks.report import style
+from benchmarks.report.style import COLOURS as COLOUR
+from benchmarks.report.style import MARKERS, NAMES
+from fusekit.plots import GRID, INK, _finish, _pyplot
 
 SHOWN = ("eager", "compile", "fusekit")
-COLOUR = dict(zip(SHOWN, (COLOURS[0], COLOURS[1], COLOURS[3]), strict=True))
-RIVAL_COLOURS = (COLOURS[2], "#8e5bb5", "#c2455a", "#7a6a2f", "#3aa6a0", "#5a6b00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-NAMES = {"compile": "torch.compile"}
 FASTEST = 6.0  # times eager; a longer bar is cut and carries its number
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """PNG files of everything that the results can show; none without matplotlib."""
+    """SVG files, each beside its PNG, of all that the results can show; none without matplotlib."""
     if _pyplot() is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,12 +48,12 @@ def _roofline(cells: list[dict[str, Any]], ceilings: dict[str, Any], dtype: str,
     edge = [left, peak / copy, right]
     axes.plot(edge, [left * copy / 1e9, peak / 1e9, peak / 1e9], color=INK, linewidth=1.6, zorder=1)
     axes.annotate(
-        f"copy: {copy / 1e9:,.3g} GB/s · product: {peak / 1e9:,.3g} GFLOP/s",
+        f"copy: {copy / 1e9:,.1f} GB/s · product: {peak / 1e9:,.0f} GFLOP/s",
         (1.0, 1.02), xycoords="axes fraction", color=INK, fontsize=9, ha="right",
     )  # fmt: skip
     markers = dict(zip(sorted({c["op"] for c in cells}), MARKERS, strict=False))
     for c in cells:
-        if c["provider"] in COLOUR:
+        if c["provider"] in SHOWN:
             filled = COLOUR[c["provider"]] if c["direction"] == "forward" else "none"
             x, y = c["flops"] / c["bytes"], c["flops_per_second"] / 1e9
             axes.plot(x, y, markers.get(c["op"], "o"), markersize=6, markerfacecolor=filled,
@@ -63,8 +62,8 @@ def _roofline(cells: list[dict[str, Any]], ceilings: dict[str, Any], dtype: str,
     axes.set_yscale("log")
     _finish(axes, xlabel="FLOPs per byte moved at least", ylabel="GFLOP/s", title=f"Roofline, {dtype}")
     _legend(axes, markers)
-    _write(figure, path)
-    return path
+    figure.tight_layout()
+    return style.save(figure, path.parent, path.stem)
 
 
 def _legend(axes: Any, markers: dict[str, str]) -> None:
@@ -114,8 +113,8 @@ def _bars(cells: list[dict[str, Any]], dtype: str, path: Path) -> Path:
     axes.legend(
         handles=handles, frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2
     )
-    _write(figure, path)
-    return path
+    figure.tight_layout()
+    return style.save(figure, path.parent, path.stem)
 
 
 def _time(seconds: float) -> str:
@@ -141,8 +140,8 @@ def _bandwidth(cells: list[dict[str, Any]], ceilings: dict[str, Any], path: Path
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     _shared_legend(grid.flat[min(1, len(panels) - 1)])
-    _write(figure, path)
-    return path
+    figure.tight_layout()
+    return style.save(figure, path.parent, path.stem)
 
 
 def _tokens(cells: list[dict[str, Any]], path: Path) -> Path:
@@ -155,8 +154,8 @@ def _tokens(cells: list[dict[str, Any]], path: Path) -> Path:
         axes.set_ylim(bottom=0)
         _finish(axes, xlabel="tokens", ylabel="TFLOP/s", title=f"attention {direction}")
     _shared_legend(pair[1])
-    _write(figure, path)
-    return path
+    figure.tight_layout()
+    return style.save(figure, path.parent, path.stem)
 
 
 def _lines(axes: Any, cells: list[dict[str, Any]], size: Any, rate: str, unit: float) -> None:
@@ -164,13 +163,11 @@ def _lines(axes: Any, cells: list[dict[str, Any]], size: Any, rate: str, unit: f
     for c in cells:
         points = series[c["provider"], c["dtype"]]
         points[size(c)] = max(points.get(size(c), 0.0), c[rate] / unit)
-    rivals = sorted({provider for provider, _ in series} - set(SHOWN))
-    colours = COLOUR | dict(zip(rivals, RIVAL_COLOURS, strict=False))
     styles = dict(zip(sorted({dtype for _, dtype in series}, reverse=True), ("-", "--", "-."), strict=False))
     for (provider, dtype), points in sorted(series.items()):
         xs, name = sorted(points), NAMES.get(provider, provider)
         axes.plot(xs, [points[x] for x in xs], styles[dtype], marker="o", markersize=4, linewidth=1.6,
-                  color=colours.get(provider, INK), label=f"{name} {dtype}")  # fmt: skip
+                  color=style.colour(provider), label=f"{name} {dtype}")  # fmt: skip
 
 
 def _shared_legend(axes: Any) -> None:
