@@ -54,7 +54,8 @@ class Config(NamedTuple):
 class Row:
     """One configuration and what it serves.
 
-    cycles: of a multiprocessor, for one step of BLOCK_K, with every program resident that fits.
+    cycles: of a multiprocessor, for one program's step of BLOCK_K: its FLOPs at the tensor cores' rate or,
+        where they are more, the cycles in which a scheduler issues its warps' instructions (by cuxray).
     resident: programs that fit a multiprocessor at once.
     """
 
