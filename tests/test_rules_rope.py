@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rule_checks import check, reasons, sites
 from torch import Tensor, nn
 
+import fusekit
 from fusekit.kernels.rope import tables
+
+transformers = pytest.importorskip("transformers")
 
 B, T, H, D = 2, 6, 3, 8
 
@@ -134,3 +140,180 @@ def test_spellings(name: str) -> None:
     ((x, _, _, interleaved, rotary),) = arguments(regions, "rope")
     assert x.meta["val"].shape[-1] == D, "a partial rotation takes the whole head"
     assert (interleaved, rotary) == (expected.get("interleaved", False), expected.get("rotary", D))
+
+
+def broken_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos - rotate_half(x) * sin
+
+
+def broken_order(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), -1) * sin
+
+
+def swapped_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((x[..., : x.shape[-1] // 2], -x[..., x.shape[-1] // 2 :]), -1) * sin
+
+
+def uneven(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-x[..., 3:], x[..., :3]), -1) * sin
+
+
+def other_tensor(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x + 1.0) * sin
+
+
+def cast_between(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + (rotate_half(x) * sin).to(torch.bfloat16).to(x.dtype)
+
+
+def mutated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first = x * cos
+    sin.mul_(1.0)
+    return first + rotate_half(x) * sin
+
+
+def escaping(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = rotate_half(x)
+    return x * cos + turned * sin + turned.tanh()
+
+
+def wrong_half_table(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[..., : D // 2], sin[..., : D // 2]
+    return torch.cat((a * cos - b * sin, a * cos + b * sin), -1)
+
+
+def odd_step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.stack((-x[..., ::2], x[..., 1::2]), -1).flatten(-2) * sin
+
+
+BROKEN = [
+    broken_sign, broken_order, swapped_halves, uneven, other_tensor, cast_between, mutated, escaping,
+    wrong_half_table, odd_step,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rotation", BROKEN, ids=lambda f: f.__name__)
+def test_what_is_no_rotation_is_left_alone(rotation: Callable[..., Any]) -> None:
+    """`check` compares results and gradients with eager's besides."""
+    assert not sites(rotated(rotation, D, "halves"))["rope"]
+
+
+def test_a_half_rotation_without_the_rest_takes_the_slice() -> None:
+    regions = rotated(lambda x, cos, sin: llama(x[..., 2:6], cos, sin), 4, "halves")
+    assert sites(regions) == {"rope": 1}
+    assert arguments(regions, "rope")[0][0].meta["val"].shape[-1] == 4
+
+
+@pytest.mark.parametrize("rotary, joined", [(4, "x[..., 2:]"), (4, "tanh"), (4, "in front")])
+def test_a_rest_that_is_another_stays_outside(rotary: int, joined: str) -> None:
+    def rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y = llama(x[..., :rotary], cos, sin)
+        if joined == "in front":
+            return torch.cat((x[..., rotary:], y), -1)
+        return torch.cat((y, x[..., rotary:].tanh() if joined == "tanh" else x[..., 2:6]), -1)
+
+    regions = rotated(rotation, rotary, "halves")
+    assert arguments(regions, "rope")[0][0].meta["val"].shape[-1] == rotary
+
+
+def test_learned_tables_are_refused() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, D)
+            self.frequencies = nn.Parameter(torch.rand(D // 2))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            angle = torch.arange(hidden.shape[1])[:, None] * self.frequencies
+            angle = torch.cat((angle, angle), -1)
+            return llama(self.linear(hidden), angle.cos(), angle.sin())
+
+    regions = check(Learned(), torch.randn(2, T, 16))
+    assert not sites(regions)["rope"] and "needs a gradient" in reasons(regions)
+
+
+def test_autocast_tables_in_float32() -> None:
+    """q in bfloat16 by tables in float32, and attention's cast back: one rounding."""
+
+    def rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.to(torch.bfloat16)
+        return llama(x, cos, sin).to(torch.bfloat16).float()
+
+    torch.manual_seed(0)
+    cos, sin = tables("cpu", torch.float32, T, D, "halves")
+    regions = check(Rotated(rotation, cos, sin), torch.randn(B, T, 16), tolerance=2e-2)
+    assert sites(regions) == {"rope": 1}
+
+
+term = st.sampled_from(["a*c", "a*s", "b*c", "b*s"])
+sign = st.sampled_from([1, -1])
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(terms=st.tuples(term, term, term, term), signs=st.tuples(sign, sign, sign, sign), back=st.booleans())
+def test_any_sums_of_products_compute_what_they_did(terms: Any, signs: Any, back: bool) -> None:
+    """Whatever two halves are made of, the fused graph equals the dense evaluation; only rotations match."""
+    if back:
+        terms, signs = ("a*c", "b*s", "b*c", "a*s"), (1, signs[1], 1, signs[3])
+
+    def rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        product = {"a*c": a * cos, "a*s": a * sin, "b*c": b * cos, "b*s": b * sin}
+        t = [product[name] for name in terms]
+        first = t[0] + t[1] if signs[1] > 0 else t[0] - t[1]
+        second = t[2] + t[3] if signs[3] > 0 else t[2] - t[3]
+        return torch.cat((first, second), -1)
+
+    turned = terms[:2] == ("a*c", "b*s") and {*terms[2:]} == {"b*c", "a*s"}
+    assert sites(rotated(rotation, D // 2))["rope"] == (turned and (signs[1], signs[3]) == (-1, 1))
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "Llama": (GROUPED, "rope"),
+    "Qwen3": (GROUPED, "rms_norm_rope"),
+    "Gemma3": (GROUPED, "rms_norm_rope"),
+    "GPTNeoX": ({"rotary_pct": 0.5, "attention_dropout": 0.0, "hidden_dropout": 0.0}, "rope"),
+    "GPTJ": ({"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "resid_pdrop": 0.0}, "rope"),
+    "Cohere": ({"num_key_value_heads": 2}, "rope"),
+    "Glm4": (GROUPED, "rope"),
+    "GptOss": ({**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, "rope"),
+}
+
+
+def hugging_face(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {} if name == "GPTJ" else SMALL
+    tokens = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    return getattr(transformers, f"{name}ForCausalLM")(config(**shape, **tokens, **MODELS[name][0]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hugging_face(name: str) -> None:
+    """Queries and keys of the one layer, the partial rotations of GPT-NeoX, GPT-J and GLM whole."""
+    regions = check(hugging_face(name).eval(), torch.randint(3, 96, (2, 12)), tolerance=2e-5)
+    assert sites(regions)[MODELS[name][1]] == 2, reasons(regions)
+    assert {shape[0][-1] for r in regions for f in r.fusions if "rope" in f.op for shape in [f.shapes]} == {8}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX"])
+def test_optimised_models_are_as_exact_as_eager(name: str) -> None:
+    """The loss and all gradients against float64; attention runs fused behind the rotation."""
+    model, ids = hugging_face(name).train(), torch.randint(3, 96, (2, 24))
+    exact, fused = copy.deepcopy(model).double(), fusekit.optimize(copy.deepcopy(model))
+    for contender in (model, exact, fused):
+        contender(input_ids=ids, labels=ids).loss.backward()
+    truth = torch.cat([p.grad.flatten() for p in exact.parameters()])
+
+    def error(contender: nn.Module) -> float:
+        grads = torch.cat([p.grad.flatten() for p in contender.parameters()])
+        return float((grads.double() - truth).norm() / truth.norm())
+
+    assert error(fused) <= 1.2 * error(model) < 1e-5
+    report = fusekit.explain(fused)
+    ops = [site.op for site in report.fused]
+    assert ops.count(MODELS[name][1]) == 2 and "attention" in ops
+    assert fusekit.verify(fused, input_ids=ids, labels=ids).ok

@@ -95,6 +95,24 @@ def _attention(
     )
 
 
+def _rope(x, cos, sin, interleaved=False, rotary=None):  # type: ignore[no-untyped-def]
+    """As transformers writes it; tables of one number a pair are repeated first."""
+    rotary = cos.shape[-1] if rotary is None else rotary
+    if cos.shape[-1] < rotary:
+        cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
+    part, rest = x[..., :rotary], x[..., rotary:]
+    if interleaved:
+        turned = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+    else:
+        turned = torch.cat((-part[..., rotary // 2 :], part[..., : rotary // 2]), -1)
+    y = (part * cos + turned * sin).to(x.dtype)
+    return torch.cat((y, rest), -1) if rest.shape[-1] else y
+
+
+def _rms_norm_rope(x, weight, cos, sin, eps, offset=0.0, *layout):  # type: ignore[no-untyped-def]
+    return _rope(_add_rms_norm(x, None, weight, eps, offset)[0], cos, sin, *layout)
+
+
 def _like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(x.dtype)
 
@@ -117,4 +135,6 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "linear_act": _linear_act,
+    "rms_norm_rope": _rms_norm_rope,
+    "rope": _rope,
 }
