@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import __main__ as bench
 from benchmarks.results_file import KERNEL_SCHEMA, read_results
-from benchmarks.static.specialisations import _forward_and_backward
+from benchmarks.static.specialisations import forward_and_backward
 from benchmarks.traffic import command, norms
 from benchmarks.traffic.counting import Counter, Counts, Traffic, as_on_gpu, count_saved, launches, moved
 from benchmarks.traffic.eager_gpu import gpu_autocast
@@ -76,7 +76,7 @@ def test_autocast_is_a_gpus():
 def test_every_pointer_of_every_kernel_is_understood(name):
     with FakeTensorMode(), record() as started:
         for sample in OPS[name].samples("cpu", torch.bfloat16):
-            _forward_and_backward(OPS[name], sample.args)
+            forward_and_backward(OPS[name], sample.args)
     given, used = set(), set()  # a pointer may be passed and left alone, but not in every launch
     for start in filter(lambda start: all(start.grid), started):
         found, kernel = roles(start), start.kernel.fn.__name__
