@@ -311,7 +311,8 @@ def _dry_product(a: Tensor, b: Tensor, output: Tensor, **options: Any) -> None:
     operands = {"a": a, "b": b} | {k: v for k, v in options.items() if isinstance(v, Tensor)}
     epilogue = "forward" if "act" in options else "backward" if "dact" in options else "plain"
     kind = "half" if a.dtype != torch.float32 else "ieee"
-    output.copy_(_exact(Problem(kind, "nn", epilogue, *a.shape, b.shape[1]), operands))
+    (M, K), N = a.shape, b.shape[1]
+    output.copy_(_exact(Problem(kind, "nn", epilogue, M, N, K), operands))
 
 
 def _predicted(problem: Problem, table: Table, row: Row, splits: int) -> float:
