@@ -1,14 +1,25 @@
 """Fused ops. OPS is the registry: tests, benchmarks, `fusekit ops` and the docs are loops over it."""
 
 if __name__ == "fusekit.kernels":
-    from fusekit.kernels import add_layer_norm, add_rms_norm, attention, linear_act, rms_norm_rope, rope
+    from fusekit.kernels import (
+        add_layer_norm,
+        add_rms_norm,
+        attention,
+        gated_mlp,
+        linear_act,
+        mlp,
+        rms_norm_rope,
+        rope,
+    )
     from fusekit.kernels.op import Op
 
     OPS: dict[str, Op] = {
         "add_layer_norm": add_layer_norm.OP,
         "add_rms_norm": add_rms_norm.OP,
         "attention": attention.OP,
+        "gated_mlp": gated_mlp.OP,
         "linear_act": linear_act.OP,
+        "mlp": mlp.OP,
         "rms_norm_rope": rms_norm_rope.OP,
         "rope": rope.OP,
     }

@@ -205,7 +205,7 @@ def sum_partials(partials: Tensor, total: Tensor) -> None:
     if start is None:
         if len(_sums) >= MOST_PLANS:
             _sums.clear()
-        block_p = min(32, triton.next_power_of_2(P))
+        block_p = min(32, triton.next_power_of_2(max(P, 1)))  # P is 0 of an empty batch
         block_n = SUM_ELEMENTS // block_p
         grid = (-(-N // block_n),)
         start = Repeated(sum_kernel, grid, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)

@@ -72,7 +72,7 @@ class _Fuser:
             and not {rule.op, rule.source} & disabled
         ]
         return sorted(
-            active, key=lambda rule: -rule.traced.weight
+            active, key=lambda rule: -rule.traced.size
         )  # sorted() keeps equals in the order of RULES
 
     def try_rule(self, rule: Rule, root: fx.Node) -> None:

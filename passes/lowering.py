@@ -32,6 +32,11 @@ from fusekit.passes.propagate import dtype_of, faking, propagate
 
 aten = torch.ops.aten
 _VIEWS = (aten.reshape, aten.view)
+_PARAMETERS = {  # of ops whose products a CPU may widen: the position of the last one; x comes before them
+    torch.ops.fusekit.linear_act.default: 2,
+    torch.ops.fusekit.mlp.default: 4,
+    torch.ops.fusekit.gated_mlp.default: 6,
+}
 
 
 class Lowering:
@@ -156,14 +161,14 @@ class Lowering:
     def _low_inputs(self, node: fx.Node) -> list[fx.Node]:
         """What a product takes in the low dtype: where a CPU widens its operands, not the parameters."""
         inputs = node.all_input_nodes
-        if node.target is not torch.ops.fusekit.linear_act.default or linear_cpu.multiplies(self.low):
+        if node.target not in _PARAMETERS or linear_cpu.multiplies(self.low):
             return inputs
-        x = node.args[0]
+        x, last = node.args[0], _PARAMETERS[node.target]
         assert isinstance(x, fx.Node)
-        parameters = {n for n in node.args[1:3] if isinstance(n, fx.Node)}
+        parameters = {n for n in node.args[1 : last + 1] if isinstance(n, fx.Node)}
         if on_gpu(x.meta["val"]) or not all(map(self._stays_wide, parameters)):
             return inputs
-        return [n for n in inputs if n not in parameters or n is x or n in node.args[3:]]
+        return [n for n in inputs if n not in parameters or n is x or n in node.args[last + 1 :]]
 
     def _stays_wide(self, source: fx.Node) -> bool:
         return self._is_single(source) and self._is_parameter(source)

@@ -19,7 +19,6 @@ scale) enter as magic values and are captured from the graph. A match needs, bey
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,7 +34,20 @@ from fusekit.passes.normalise import normalise_graph
 from fusekit.passes.spelling import Spelling, spell
 
 COMMUTATIVE = frozenset({"add", "mul", "and"})
-LAYOUT = frozenset({"to", "reshape", "expand", "transpose", "transpose_last", "unsqueeze", "not"})
+LAYOUT = frozenset(
+    {
+        "to",
+        "reshape",
+        "expand",
+        "transpose",
+        "transpose_last",
+        "unsqueeze",
+        "not",
+        "halves",
+        "half",
+        "getitem",
+    }
+)
 ANCHORS = frozenset({"linear", "addmm", "matmul", "layer_norm", "rms_norm", "rsqrt", "softmax", "sdpa"})
 INVERTIBLE = {"transpose_last": torch.ops.aten.transpose.int, "not": torch.ops.aten.logical_not.default}
 INVERSE_ARGS: dict[str, tuple[int, ...]] = {"transpose_last": (-2, -1), "not": ()}
@@ -66,7 +78,8 @@ class Rule:
         are dtypes.
     fixed: arguments of the op that this spelling implies.
     finish: finish(match) completes or changes match.arguments; returns None, or why the site is refused.
-    also: other functions of the op's arguments that may stand where the pattern makes the call of that name.
+    also: other functions of the arguments of a call, which may stand where the pattern makes the call of
+        that name.
     """
 
     op: str
@@ -119,45 +132,45 @@ class Miss:
     anchored: bool = False
 
 
-_TRACED: dict[Any, fx.Graph] = {}  # rules share the functions in `also`
+_TRACED: dict[Any, fx.GraphModule] = {}  # rules share the functions in `also`
 
 
 class Pattern:
-    """A traced pattern: its nodes, its letters and their sizes, the magic numbers that stand for captures."""
+    """A traced pattern: its nodes, its letters and their sizes, the magic numbers that stand for captures.
+
+    weight: its nodes beyond layout. size: those of its longest spelling, linears counting one.
+    """
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self.operands = [parse(name, text) for name, text in rule.shapes.items()]
         self.sizes = prime_sizes(self.operands)
-        functions = [rule.pattern, *itertools.chain.from_iterable(rule.also.values())]
-        names = dict.fromkeys(
-            itertools.chain.from_iterable(inspect.signature(f).parameters for f in functions)
-        )
+        names = list(inspect.signature(rule.pattern).parameters)
         self.magic = {0.1234567 + 0.01 * i: n for i, n in enumerate(n for n in names if n not in rule.shapes)}
-        self.spelled: dict[fx.Node, Spelling] = {}
-        self.outputs = self._add(rule.pattern)
-        self.own = frozenset(self.spelled)
+        graph = self._trace(names)
+        self.spelled = _spell_calls(graph)
         self.weight = sum(s.name not in LAYOUT for s in self.spelled.values())
-        self.also = {name: [self._add(f)[0] for f in functions] for name, functions in rule.also.items()}
-
-    def _add(self, function: Callable[..., Any]) -> tuple[fx.Node, ...]:
-        """Spell the nodes of a function of the op's arguments; returns its output nodes."""
-        key = (function, tuple(self.rule.shapes.items()), tuple(self.magic.items()))
-        graph = _TRACED.get(key)
-        if graph is None:
-            graph = _TRACED[key] = self._trace(function)
-        self.spelled |= {n: spell(n) for n in graph.nodes if n.op == "call_function"}
         result: Any = graph.output_node().args[0]
-        return tuple(result) if isinstance(result, (list, tuple)) else (result,)
+        self.outputs: tuple[fx.Node, ...] = tuple(result) if isinstance(result, (list, tuple)) else (result,)
+        self.also = {
+            node: [_graft(node, function) for function in rule.also[spelling.name]]
+            for node, spelling in self.spelled.items()
+            if spelling.name in rule.also
+        }
+        self.spelled = _spell_calls(graph)
+        self.size = self.weight + sum(
+            max(_count(node, other) for other in others) - 1
+            for node, others in self.also.items()
+            if self.spelled[node].name not in ANCHORS
+        )
 
-    def _trace(self, function: Callable[..., Any]) -> fx.Graph:
-        names = list(inspect.signature(function).parameters)
+    def _trace(self, names: list[str]) -> fx.Graph:
         numbers = {name: value for value, name in self.magic.items()}
         used = [o for o in self.operands if o.name in names]
 
         def call(*tensors: Tensor) -> Any:
             given = numbers | dict(zip((o.name for o in used), tensors, strict=True))  # type: ignore[arg-type]
-            return function(*(given[n] for n in names))
+            return self.rule.pattern(*(given[n] for n in names))
 
         with FakeTensorMode(), torch.enable_grad():
             traced = make_fx(call, pre_dispatch=True, tracing_mode="fake")(*map(self._example, used))
@@ -181,7 +194,43 @@ class Pattern:
             node = pending.pop()
             name, args = self.spelled[node]
             names.add(name)
-            pending += self.also.get(name, ()) if node in self.own else ()
+            pending += self.also.get(node, ())
             if name in ("to", "reshape", *NEUTRAL):
                 pending += [a for a in args if a in self.spelled]
         return frozenset(names)
+
+
+def _spell_calls(graph: fx.Graph) -> dict[fx.Node, Spelling]:
+    return {n: spell(n) for n in graph.nodes if n.op == "call_function"}
+
+
+def _count(node: fx.Node, other: fx.Node) -> int:
+    """How many nodes beyond layout stand for the call where it is written as `other`."""
+    seen: set[fx.Node] = set()
+    pending = [other]
+    while pending:
+        found = pending.pop()
+        if found not in seen and found not in node.all_input_nodes:
+            seen.add(found)
+            pending += found.all_input_nodes
+    return sum(spell(n).name not in LAYOUT for n in seen)
+
+
+def _graft(node: fx.Node, function: Callable[..., Any]) -> fx.Node:
+    """Put function(arguments of the call) in front of the call; returns its result, which nobody reads."""
+    given = node.args[: len(inspect.signature(function).parameters)]
+    values = [value.meta["val"] for value in given]  # type: ignore[union-attr]
+    key = (function, *(tuple(value.shape) for value in values))
+    if key not in _TRACED:
+        with FakeTensorMode(), torch.enable_grad():
+            examples = [torch.empty(value.shape, dtype=value.dtype) for value in values]
+            traced = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*examples)
+        normalise_graph(traced)
+        _TRACED[key] = traced
+    graph = _TRACED[key].graph
+    with node.graph.inserting_before(node):
+        result = node.graph.graph_copy(
+            graph, dict(zip(graph.find_nodes(op="placeholder"), given, strict=True))
+        )
+    assert isinstance(result, fx.Node)
+    return result

@@ -28,7 +28,9 @@ CPU_PATHS = {
     "add_layer_norm": (1.0, "aten"),
     "add_rms_norm": (0.5, "aten"),
     "attention": (0.0, "cpu flash"),
+    "gated_mlp": (0.5, "onednn"),
     "linear_act": (1.0, "onednn"),
+    "mlp": (0.5, "onednn"),
     "rms_norm_rope": (0.5, "aten"),
     "rope": (0.5, "aten"),
 }

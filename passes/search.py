@@ -87,7 +87,7 @@ class Search:
             extended = state.having(**{"skipped" if self.is_shared(wanted) else "nodes": {p: value}})
             for ours, theirs in self.orders(wanted, there):
                 yield from self.arguments(ours, theirs, value, extended)
-        elif wanted.name not in ("to", "reshape", *NEUTRAL, *self.pattern.also):
+        elif wanted.name not in ("to", "reshape", *NEUTRAL) and p not in self.pattern.also:
             self.fail(state, value, f"{there.name} where {wanted.name} is needed")
         yield from self.absent(p, wanted, there, value, state)
 
@@ -115,8 +115,7 @@ class Search:
         """The spellings that leave `p` out, or write it as its inverse."""
         if not isinstance(value, fx.Node):
             return
-        # Not inside another function itself: one that makes the same call would stand for itself.
-        for other in self.pattern.also.get(wanted.name, ()) if p in self.pattern.own else ():
+        for other in self.pattern.also.get(p, ()):
             for found in self.node(other, value, state):
                 yield found.having(nodes={p: value})
         if wanted.name in ("to", "reshape"):

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 HF: dict[str, tuple[str, dict[str, int]]] = {
-    "GPT2": ("GPT2LMHeadModel", {"add_layer_norm": 5, "linear_act": 2, "attention": 2}),
-    "Llama": ("LlamaForCausalLM", {"add_rms_norm": 5, "linear_act": 2, "attention": 2, "rope": 4}),
-    "Bert": ("BertForMaskedLM", {"add_layer_norm": 6, "linear_act": 3, "attention": 2}),
-    "T5": ("T5ForConditionalGeneration", {"add_rms_norm": 12, "linear_act": 4, "attention": 2}),
+    "GPT2": ("GPT2LMHeadModel", {"add_layer_norm": 5, "mlp": 2, "attention": 2}),
+    "Llama": ("LlamaForCausalLM", {"add_rms_norm": 5, "gated_mlp": 2, "attention": 2, "rope": 4}),
+    "Bert": ("BertForMaskedLM", {"add_layer_norm": 6, "mlp": 2, "linear_act": 1, "attention": 2}),
+    "T5": ("T5ForConditionalGeneration", {"add_rms_norm": 12, "mlp": 4, "attention": 2}),
     "Qwen3": (
         "Qwen3ForCausalLM",
-        {"add_rms_norm": 5, "linear_act": 2, "attention": 2, "rms_norm_rope": 4},
+        {"add_rms_norm": 5, "gated_mlp": 2, "attention": 2, "rms_norm_rope": 4},
     ),
-    "Gemma2": ("Gemma2ForCausalLM", {"add_rms_norm": 9, "linear_act": 2, "rope": 4}),
-    "CLIPText": ("CLIPTextModel", {"add_layer_norm": 5, "linear_act": 2, "attention": 2}),
-    "ViT": ("ViTModel", {"add_layer_norm": 5, "linear_act": 3, "attention": 2}),
+    "Gemma2": ("Gemma2ForCausalLM", {"add_rms_norm": 9, "gated_mlp": 2, "rope": 4}),
+    "CLIPText": ("CLIPTextModel", {"add_layer_norm": 5, "mlp": 2, "attention": 2}),
+    "ViT": ("ViTModel", {"add_layer_norm": 5, "mlp": 2, "linear_act": 1, "attention": 2}),
 }
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -145,7 +145,7 @@ class TimmBlock(nn.Module):
 
 def test_timm_block() -> None:
     regions = check(TimmBlock(), torch.randn(2, 5, 32))
-    assert sites(regions) == {"add_layer_norm": 2, "attention": 1, "linear_act": 2}
+    assert sites(regions) == {"add_layer_norm": 2, "attention": 1, "mlp": 1}
     assert not any(
         calls(regions, name) for name in ("add", "gelu", "layer_norm", "scaled_dot_product_attention")
     )
@@ -154,4 +154,4 @@ def test_timm_block() -> None:
 def test_transformer_encoder_layer() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation="gelu", batch_first=True)
     found = sites(check(layer, torch.randn(2, 5, 32)))
-    assert found == {"add_layer_norm": 2, "attention": 1, "linear_act": 1}
+    assert found == {"add_layer_norm": 2, "attention": 1, "mlp": 1}

@@ -45,7 +45,7 @@ def test_a_sound_model_gets_a_certificate(batch: tuple[Tensor, Tensor], precisio
     model = fusekit.optimize(Block(), precision=precision)
     certificate = fusekit.verify(model, *batch)
     assert certificate.ok, str(certificate)
-    assert {site.op for site in certificate.sites} >= {"add_layer_norm", "linear_act"}
+    assert {site.op for site in certificate.sites} >= {"add_layer_norm", "mlp"}
     names = {check.name for site in certificate.sites for check in site.checks}
     assert any(name.startswith("grad") for name in names), "gradients are part of the certificate"
     assert certificate.model, "a model without random numbers is compared as a whole"
@@ -89,10 +89,10 @@ def test_verify_leaves_the_model_as_it_was(batch: tuple[Tensor, Tensor]) -> None
 
 
 class _Wrong:
-    """linear_act with its backward pass or its output off by one percent."""
+    """mlp with its backward pass or its output off by one percent."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-        sound = torch.ops.fusekit.linear_act.default
+        sound = torch.ops.fusekit.mlp.default
 
         class Broken(torch.autograd.Function):
             @staticmethod
@@ -120,12 +120,12 @@ def test_a_wrong_site_is_named_and_reverted(
 ) -> None:
     model = fusekit.optimize(Block())
     _Wrong(monkeypatch, where)
-    with pytest.warns(UserWarning, match=r"reverted linear_act_\d+ .*test_verification.py:\d+"):
+    with pytest.warns(UserWarning, match=r"reverted mlp_\d+ .*test_verification.py:\d+"):
         certificate = fusekit.verify(model, *batch)
     failed = [site for site in certificate.sites if not site.ok]
-    assert not certificate.ok and {site.op for site in failed} == {"linear_act"}
+    assert not certificate.ok and {site.op for site in failed} == {"mlp"}
     assert all(site.reverted and site.reason for site in failed)
-    assert "linear_act" not in {f.op for f in fusekit.explain(model).fused}
+    assert "mlp" not in {f.op for f in fusekit.explain(model).fused}
     assert "FAILED" in str(certificate)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -141,9 +141,9 @@ def test_a_rule_that_misreads_the_model_is_caught(
     model(*batch)
     captured = session(model).regions[0]
     for node in captured.region.module.graph.nodes:
-        if node.target is torch.ops.fusekit.linear_act.default and "gelu" in node.args:
+        if node.target is torch.ops.fusekit.mlp.default and "gelu" in node.args:
             node.args = tuple("gelu_tanh" if a == "gelu" else a for a in node.args)
-    with pytest.warns(UserWarning, match="reverted linear_act"):
+    with pytest.warns(UserWarning, match="reverted mlp"):
         assert not fusekit.verify(model, *batch).ok
 
 
@@ -167,7 +167,7 @@ def test_verify_first_certifies_on_the_users_own_batch(
 ) -> None:
     model = fusekit.optimize(Block(), verify="first")
     _Wrong(monkeypatch, "output")
-    with pytest.warns(UserWarning, match="reverted linear_act"):
+    with pytest.warns(UserWarning, match="reverted mlp"):
         model(*batch).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
