@@ -129,7 +129,9 @@ def test_thirty_steps_stay_as_close_to_float64_as_eager_does(name: str) -> None:
     true, plain, ours = _train(truth, loss), _train(eager, loss), _train(fused, loss)
 
     report = fusekit.explain(fused)
-    assert len({f.op for f in report.fused}) == 3, str(report)  # linear_act, one norm, attention
+    ops = {f.op for f in report.fused}
+    assert {"attention", "mlp"} <= ops | ({"mlp"} if "gated_mlp" in ops else set()), str(report)
+    assert any(op.endswith("norm") for op in ops), str(report)
     floor = FLOOR[torch.float32]
     for step, (want, base, got) in enumerate(zip(true, plain, ours, strict=True)):
         allowed = NOISE * max(abs(base - want), 8 * floor * abs(want))
