@@ -189,7 +189,9 @@ def _backward_triton(
         return
     inner = grad_x is not None or any(g is not None for g in (*grad_weights, *grad_biases))
     with_h = grad_w_out is not None and not stores_hidden(act, form)
-    h, dh, dzs = None, None, []
+    h: Tensor | None = None
+    dh: Tensor | None = None
+    dzs: list[Tensor] = []
     if inner:
         dh = grad.new_empty((grad.shape[0], w_out.shape[1]))
     if dh is not None and form == "plain":
@@ -295,7 +297,8 @@ def _backward(
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     n = len(weights)
     arguments = (_rows(grad_output), _optional_rows(x), weights, w_out, [_rows(z) for z in saved], act, form)
-    results = (_optional_rows(wanted[0]), wanted[1 : 1 + n], wanted[1 + n : 1 + 2 * n], *wanted[1 + 2 * n :])
+    grad_weights, grad_biases = wanted[1 : 1 + n], wanted[1 + n : 1 + 2 * n]
+    results = (_optional_rows(wanted[0]), grad_weights, grad_biases, wanted[-2], wanted[-1])
     if on_gpu(grad_output):
         _backward_triton(*arguments, tf32, *results)
     else:
@@ -357,7 +360,7 @@ class _FeedForward(torch.autograd.Function):
         return None, None, None, None, grads[0], residual, *grads[1:]
 
 
-def _split(parameters: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+def _split(parameters: list[Any]) -> tuple[list[Any], list[Any]]:
     """The weights, w_out last, and the biases, b_out last."""
     *first, w_out, b_out = parameters
     n = len(first) // 2

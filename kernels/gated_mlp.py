@@ -133,7 +133,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         x, w_gate = make(*lead, K), make(rows, K, scale=K**-0.5)
         w_up = None if packed else make(H, K, scale=K**-0.5)
         w_down = make(K, H, scale=H**-0.5)
-        biases = (None, None, None)
+        biases: tuple[Tensor | None, ...] = (None, None, None)
         if bias:
             biases = (make(rows), None if packed else make(H), make(K))
         return Sample(args=(x, w_gate, w_up, w_down, *biases, act, form == "up_gate"), name=name, bench=bench)

@@ -218,8 +218,8 @@ def _count(node: fx.Node, other: fx.Node) -> int:
 
 def _graft(node: fx.Node, function: Callable[..., Any]) -> fx.Node:
     """Put function(arguments of the call) in front of the call; returns its result, which nobody reads."""
-    given = node.args[: len(inspect.signature(function).parameters)]
-    values = [value.meta["val"] for value in given]  # type: ignore[union-attr]
+    given = [a for a in node.args[: len(inspect.signature(function).parameters)] if isinstance(a, fx.Node)]
+    values = [value.meta["val"] for value in given]
     key = (function, *(tuple(value.shape) for value in values))
     if key not in _TRACED:
         with FakeTensorMode(), torch.enable_grad():

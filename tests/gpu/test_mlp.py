@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from test_linear_act import leaves
 
 from fusekit.kernels.gated_mlp import OP as GATED
 from fusekit.kernels.mlp import OP as MLP
 from fusekit.kernels.parity import results_and_grads
+
+
+def leaves(dtype, *shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(s, generator=generator) / 2).to("cuda", dtype).requires_grad_() for s in shapes]
 
 
 def assert_close(op, args, tolerance=2e-5):
