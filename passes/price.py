@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fusekit.kernels.launch import on_gpu
+from fusekit.kernels.op import LOW_PRECISION
 from fusekit.passes import cost
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import Cost, bytes_of, device_of, node_cost, roofline
@@ -35,6 +36,9 @@ CPU_PATHS = {
     "rope": (0.5, "aten"),
 }
 
+# Library calls of a CPU path that consists of many, beyond the start of the op itself.
+CPU_CALLS = {"rms_norm_rope": 14, "rope": 8}
+
 
 def price(region: Region) -> None:
     """Fill in estimates, revert what is estimated slower, refuse it with the figures."""
@@ -43,11 +47,13 @@ def price(region: Region) -> None:
         for node in _fused(module):
             eager, fused = _estimate(node)
             fusion: Fusion = node.meta["fusion"]
+            reason = _declined(node)
             if fusion.estimated_gain is not None and fusion.estimated_gain < LEAST_GAIN:
                 reason = (
                     f"estimated {_time(fused)} fused against {_time(eager)} as it was, on {_device(node)}: "
                     "at this size starting the op costs more than it saves"
                 )
+            if reason is not None:
                 _put_back(module, node)
                 region.fusions[:] = [f for f in region.fusions if f is not fusion]
                 region.refuse(fusion.op, fusion.location, reason, fusion.rule)
@@ -55,6 +61,14 @@ def price(region: Region) -> None:
         if reverted:
             module.graph.lint()
             module.recompile()
+
+
+def _declined(node: fx.Node) -> str | None:
+    """Why a site does not pay whatever its size."""
+    value = tensors_of(node.meta["val"])[0]
+    if node.meta["fusion"].op == "rope" and not on_gpu(value) and value.dtype in LOW_PRECISION:
+        return "on a CPU a 16-bit rotation is widened to round once, and takes as long as eager's five passes"
+    return None
 
 
 def coverage(region: Region) -> tuple[float, float]:
@@ -87,6 +101,8 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     fusion.bytes_saved = max(0, replaced.bytes - moved)
     # One roofline is never above the sum of its parts: where it seems so, the model is wrong.
     seconds = min(fused.seconds, replaced.seconds) + cost.FUSED_OVERHEAD[kind]
+    if kind == "cpu":
+        seconds += CPU_CALLS.get(fusion.op, 0) * cost.EAGER_OVERHEAD[kind]
     eager = replaced.seconds + started * cost.EAGER_OVERHEAD[kind]
     fusion.estimated_gain = eager / seconds if seconds else 1.0
     return eager, seconds

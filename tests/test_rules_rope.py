@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fusekit
 from fusekit.kernels.rope import tables
+from fusekit.passes import price
 
 transformers = pytest.importorskip("transformers")
 
@@ -300,8 +301,9 @@ def test_hugging_face(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX"])
-def test_optimised_models_are_as_exact_as_eager(name: str) -> None:
+def test_optimised_models_are_as_exact_as_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and all gradients against float64; attention runs fused behind the rotation."""
+    monkeypatch.setattr(price, "LEAST_GAIN", 0.0)  # so small a model pays for nothing
     model, ids = hugging_face(name).train(), torch.randint(3, 96, (2, 24))
     exact, fused = copy.deepcopy(model).double(), fusekit.optimize(copy.deepcopy(model))
     for contender in (model, exact, fused):
@@ -317,3 +319,16 @@ def test_optimised_models_are_as_exact_as_eager(name: str) -> None:
     ops = [site.op for site in report.fused]
     assert ops.count(MODELS[name][1]) == 2 and "attention" in ops
     assert fusekit.verify(fused, input_ids=ids, labels=ids).ok
+
+
+@pytest.mark.parametrize("tokens, precision", [(4, "keep"), (512, "keep"), (512, "bf16")])
+def test_price_on_a_cpu(tokens: int, precision: str) -> None:
+    """Few tokens do not pay for the calls, and 16 bits not for widening; a rotation in float32 does."""
+    torch._dynamo.reset()
+    model = fusekit.optimize(hugging_face("Llama"), precision=precision)
+    model(torch.randint(3, 96, (4, tokens)))
+    report = fusekit.explain(model)
+    kept = sum(site.op == "rope" for site in report.fused)
+    refused = [site.reason for site in report.refused if site.op == "rope"]
+    assert (kept, len(refused)) == ((2, 0) if (tokens, precision) == (512, "keep") else (0, 2))
+    assert all(("16-bit" if precision == "bf16" else "starting the op") in reason for reason in refused)
