@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fusekit
 from fusekit.kernels.rope import tables
-from fusekit.passes import price
+from fusekit.passes import cost, price
 
 transformers = pytest.importorskip("transformers")
 
@@ -322,9 +322,10 @@ def test_optimised_models_are_as_exact_as_eager(name: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("tokens, precision", [(4, "keep"), (512, "keep"), (512, "bf16")])
-def test_price_on_a_cpu(tokens: int, precision: str) -> None:
+def test_price_on_a_cpu(tokens: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens do not pay for the calls, and 16 bits not for widening; a rotation in float32 does."""
-    torch._dynamo.reset()
+    monkeypatch.setattr(cost, "EAGER_OVERHEAD", {"cpu": 3e-6})
+    monkeypatch.setattr(cost, "FUSED_OVERHEAD", {"cpu": 12e-6})
     model = fusekit.optimize(hugging_face("Llama"), precision=precision)
     model(torch.randint(3, 96, (4, tokens)))
     report = fusekit.explain(model)
