@@ -182,9 +182,9 @@ def _backward_triton(
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     tf32 = _use_tf32(grad, tf32)
     if grad_b_out is not None:
-        partials = _dact(grad, None, "none", True)[1]
-        assert partials is not None
-        sum_partials(partials, grad_b_out)
+        sums = _dact(grad, None, "none", True)[1]
+        assert sums is not None
+        sum_partials(sums, grad_b_out)
     if not saved:
         return
     inner = grad_x is not None or any(g is not None for g in (*grad_weights, *grad_biases))
