@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fusekit.certificate import ModelCheck
+from fusekit.passes.logits import UnreadLogits
 
 NOISE = 3.0  # two runs that round differently stand at different distances from float64; measured 1 to 2
 UNIT = {"keep": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -32,27 +33,35 @@ def check_model(
         wide = copy.deepcopy(model).double()
     except Exception as error:  # whatever a user's module raises when copied
         return (), f"the whole model was not compared with float64: it cannot be copied ({error})"
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    unread = frozenset(i for i, leaf in enumerate(leaves) if isinstance(leaf, UnreadLogits))
     with _eager():
-        plain = _run(model, args, kwargs, precision, seed=0)
-        if not _same(plain, _run(model, args, kwargs, precision, seed=1)):
+        plain = _run(model, args, kwargs, precision, seed=0, unread=unread)
+        if not _same(plain, _run(model, args, kwargs, precision, seed=1, unread=unread)):
             return (), (
                 "the whole model was not compared with float64: it draws random numbers; "
                 "set dropout to 0 or call model.eval() to compare it"
             )
         wide_args, wide_kwargs = _widen((args, kwargs))
-        truth = _run(wide, wide_args, wide_kwargs, "keep", seed=0)
-    fused = _run(model, args, kwargs, precision, seed=0)
+        truth = _run(wide, wide_args, wide_kwargs, "keep", seed=0, unread=unread)
+    fused = _run(model, args, kwargs, precision, seed=0, unread=unread)
     return tuple(_compare(fused, plain, truth, UNIT[precision])), ""
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], precision: str, seed: int
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    precision: str,
+    seed: int,
+    unread: frozenset[int],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, or a fixed random combination of the outputs, and its gradient by every parameter."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad(), _autocast(model, precision):
         torch.manual_seed(seed)
-        value = _scalar(model(*args, **kwargs))
+        value = _scalar(model(*args, **kwargs), unread)
     if not parameters or not value.requires_grad:
         return value.detach(), {}
     grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
@@ -81,11 +90,12 @@ def _autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMan
     return torch.autocast(device, LOW[precision])
 
 
-def _scalar(output: Any) -> Tensor:
+def _scalar(output: Any, unread: frozenset[int]) -> Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss.sum()
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    found = enumerate(pytree.tree_leaves(output))
+    leaves = [t for i, t in found if i not in unread and isinstance(t, Tensor) and t.is_floating_point()]
     if not leaves:
         raise ValueError("verify: the model returns no floating tensor, so there is nothing to compare")
     generator = torch.Generator().manual_seed(0)

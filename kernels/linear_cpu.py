@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.activations import ACTIVATIONS
+from fusekit.kernels.launch import on_gpu
 
 # Bytes of float32 z in a block. 2048 x 1024 x 4096, forward and backward, one thread of an AVX2 processor:
 # 8 MiB 785 ms in bfloat16; 1, 2, 4 and 32 MiB 985, 930, 855 and 935 ms.
@@ -166,7 +167,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def mixes(x: Tensor, parameter: Tensor) -> bool:
     """Whether a product of x may read this parameter in float32: a CPU that would widen both anyway."""
-    return parameter.dtype == torch.float32 and x.device.type == "cpu" and not multiplies(x.dtype)
+    return parameter.dtype == torch.float32 and not on_gpu(x) and not multiplies(x.dtype)
 
 
 def _row_blocks(M: int, N: int, size: int | None = None) -> Iterator[slice]:

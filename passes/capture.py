@@ -21,6 +21,7 @@ from fusekit.passes.canonicalise import canonicalise, copy_graph, location
 from fusekit.passes.config import Config
 from fusekit.passes.emit import graph_inputs, without_autocast
 from fusekit.passes.invariants import InvariantError
+from fusekit.passes.logits import mark_unread
 from fusekit.passes.pipeline import run_pipeline
 from fusekit.passes.region import Refusal, Region, Settings
 
@@ -57,9 +58,11 @@ class CapturedRegion:
 
     def __call__(self, *args: Any) -> Any:
         if self.recorder is None:
-            return self._run(*args)
-        with without_autocast(self.region.module.meta.get("autocast_off", ())):
-            return self.recorder(self.region.module).run(*graph_inputs(self.region, args))
+            results = self._run(*args)
+        else:
+            with without_autocast(self.region.module.meta.get("autocast_off", ())):
+                results = self.recorder(self.region.module).run(*graph_inputs(self.region, args))
+        return mark_unread(results, self.region.unread)
 
     @property
     def disabled_sites(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The letters of a rule's shapes: "* K", "Hkv*G" and "2*R" against the sizes found in a graph."""
+"""The letters of a rule's shapes: "* K", "Hkv*G", "2*R", "rows" (the product of *) against a graph's sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Operand(NamedTuple):
 
 def parse(name: str, text: str) -> Operand:
     words = text.split()
-    flags = frozenset(w for w in words if w in ("optional", "any", "bool", "float32", "complex"))
+    flags = frozenset(w for w in words if w in ("optional", "any", "bool", "int", "float32", "complex"))
     return Operand(name, flags, tuple(w for w in words if w not in flags))
 
 
@@ -27,11 +27,14 @@ def prime_sizes(operands: list[Operand]) -> dict[str, int]:
     letters: list[str] = []
     for operand in operands:
         for dim in operand.dims:
-            letters += ["*0", "*1"] if dim == "*" else [f for f in dim.split("*") if not f.isdigit()]
+            named = [f for f in dim.split("*") if not f.isdigit()]
+            letters += ["*0", "*1"] if dim in ("*", "rows") else named
     return dict(zip(dict.fromkeys(letters), PRIMES, strict=False))
 
 
 def product(dim: str, sizes: Mapping[str, Any]) -> Any:
+    if dim == "rows":
+        return sizes["*0"] * sizes["*1"]
     return math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in dim.split("*"))
 
 
@@ -67,6 +70,10 @@ def unify(operand: Operand, shape: list[Any], sizes: dict[str, Any]) -> str | No
         if len(known) != len(lead) or not all(map(equal, known, lead)):
             return f"{operand.name} is broadcast: its leading sizes are {tuple(lead)}, not {tuple(known)}"
     for dim, size in zip(dims, shape, strict=True):
+        if dim == "rows":
+            if not equal(size, math.prod(sizes["*"])):
+                return f"{operand.name}: {size} rows, not the product of {tuple(sizes['*'])}"
+            continue
         known, _, last = dim.rpartition("*")
         factor = product(known, sizes) if known else 1
         if factor != 1 and not equal(size % factor, 0):

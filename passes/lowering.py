@@ -34,6 +34,7 @@ aten = torch.ops.aten
 _VIEWS = (aten.reshape, aten.view)
 _PARAMETERS = {  # of ops whose products a CPU may widen: the position of the last one; x comes before them
     torch.ops.fusekit.linear_act.default: 2,
+    torch.ops.fusekit.linear_cross_entropy.default: 2,
     torch.ops.fusekit.mlp.default: 4,
     torch.ops.fusekit.gated_mlp.default: 6,
 }

@@ -52,6 +52,7 @@ ANCHORS = frozenset({"linear", "addmm", "matmul", "layer_norm", "rms_norm", "rsq
 INVERTIBLE = {"transpose_last": torch.ops.aten.transpose.int, "not": torch.ops.aten.logical_not.default}
 INVERSE_ARGS: dict[str, tuple[int, ...]] = {"transpose_last": (-2, -1), "not": ()}
 NEUTRAL = {"mul": 1.0, "dropout": 0.0}
+_WORDS = {"bool": torch.bool, "int": torch.int64}
 LOW = torch.bfloat16  # stands for "the dtype of the op's first argument" in a trace
 
 
@@ -73,9 +74,9 @@ class Rule:
     op: name in the registry.
     pattern: a function over arguments of the op, and numbers that `finish` reads; returns what the op does.
     source: where the spelling is from, for reports and FUSEKIT_DISABLE.
-    shapes: per tensor argument its dimensions, "* K" (* is any number of them), products as "Hkv*G". Words in
-        front: "optional" may be None, "any" has a shape of its own (a mask); "bool", "float32" and "complex"
-        are dtypes.
+    shapes: per tensor argument its dimensions, "* K" (* is any number of them, "rows" their product),
+        products as "Hkv*G". Words in front: "optional" may be None, "any" has a shape of its own (a mask);
+        "bool", "int", "float32" and "complex" are dtypes.
     fixed: arguments of the op that this spelling implies.
     finish: finish(match) completes or changes match.arguments; returns None, or why the site is refused.
     also: other functions of the arguments of a call, which may stand where the pattern makes the call of
@@ -183,8 +184,7 @@ class Pattern:
         sizes: list[int] = []
         for dim in operand.dims:
             sizes += [self.sizes["*0"], self.sizes["*1"]] if dim == "*" else [product(dim, self.sizes)]
-        kinds = {"bool": torch.bool, "float32": torch.float32, "complex": torch.complex64}
-        return torch.empty(sizes, dtype=next((kinds[w] for w in operand.words & {*kinds}), LOW))
+        return torch.empty(sizes, dtype=next((_WORDS[w] for w in operand.words if w in _WORDS), LOW))
 
     @cached_property
     def root_names(self) -> frozenset[str]:

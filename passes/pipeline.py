@@ -10,6 +10,7 @@ from fusekit.passes.autocast import materialise_autocast
 from fusekit.passes.emit import emit
 from fusekit.passes.fuse import fuse
 from fusekit.passes.invariants import Snapshot
+from fusekit.passes.logits import drop_logits
 from fusekit.passes.normalise import normalise
 from fusekit.passes.precision import place_casts
 from fusekit.passes.price import price
@@ -18,6 +19,7 @@ from fusekit.passes.region import Region
 PIPELINE: list[tuple[str, Callable[[Region], None]]] = [
     ("autocast", materialise_autocast),  # what autocast would cast becomes nodes, which the rules can see
     ("normalise", normalise),            # one spelling per meaning
+    ("logits", drop_logits),             # out of the results, where the caller promised not to read them
     ("fuse", fuse),                      # RULES, most nodes first
     ("precision", place_casts),          # after fusing: fused ops keep float32 inside
     ("price", price),                    # undo what does not pay

@@ -95,7 +95,7 @@ def _lower_site(node: fx.Node, captured: list[Any], low: torch.dtype) -> None:
     """Bring what a fusion replaced to the dtypes the fused node now has, for parity and for reverting."""
     fusion: Fusion = node.meta["fusion"]
     results = tensors_of(node.meta["val"])
-    fusion.dtype = str(results[0].dtype).removeprefix("torch.")
+    fusion.dtype = str(_input_values(node)[0].dtype).removeprefix("torch.")  # a loss is wider
     if fusion.eager is None:
         return
     complete(fusion.eager, captured)

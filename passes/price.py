@@ -31,6 +31,7 @@ CPU_PATHS = {
     "attention": (0.0, "cpu flash"),
     "gated_mlp": (0.5, "onednn"),
     "linear_act": (1.0, "onednn"),
+    "linear_cross_entropy": (0.0, "chunks"),
     "mlp": (0.5, "onednn"),
     "rms_norm_rope": (0.5, "aten"),
     "rope": (0.5, "aten"),

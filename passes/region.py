@@ -93,6 +93,7 @@ class Region:
     refusals: list[Refusal] = field(default_factory=list)
     input_casts: list[InputCast] = field(default_factory=list)
     weights: WeightCache = field(default_factory=WeightCache)
+    unread: tuple[int, ...] = ()  # outputs the caller promised not to read: None in the graph
     notes: list[str] = field(default_factory=list)
     run: Callable[..., Any] | None = None
 

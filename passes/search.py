@@ -223,7 +223,9 @@ class Search:
         for node in nodes - outputs:
             for user in node.users:
                 if user not in nodes:
-                    return f"the result of {spell(node).name} is also read by {user.name}"
+                    promise = user.op == "output" and self.pattern.rule.op == "linear_cross_entropy"
+                    hint = "; keep_logits=False promises that nobody reads the logits" if promise else ""
+                    return f"the result of {spell(node).name} is also read by {user.name}{hint}"
         return None
 
     def match(self, state: State) -> Match:

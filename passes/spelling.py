@@ -42,7 +42,7 @@ def spell(node: fx.Node) -> Spelling:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return Spelling(f"{node.op}:{node.target}", node.args)
     name = node.target._schema.name.removeprefix("aten::")
-    args = _filled(node)
+    args = filled(node)
     respell = _RESPELL.get(name)
     return respell(node, name, args) if respell else Spelling(name, args)
 
@@ -72,7 +72,8 @@ def _slice(node: fx.Node, name: str, args: tuple[Any, ...]) -> Spelling:
     return Spelling(name, (source, dim, Start(start), step))
 
 
-def _filled(node: fx.Node) -> tuple[Any, ...]:
+def filled(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of an ATen call in the schema's order, defaults filled in."""
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(node.kwargs)
     values = list(node.args)
@@ -216,6 +217,7 @@ _RESPELL: dict[str, Callable[[fx.Node, str, tuple[Any, ...]], Spelling]] = {
     "logical_and": _keep(2, "and"),
     "bitwise_and": _keep(2, "and"),
     "__and__": _keep(2, "and"),
+    "cross_entropy_loss": _keep(2),  # the settings: `filled`
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "scaled_dot_product_attention": _attention,

@@ -117,6 +117,13 @@ def _like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(x.dtype)
 
 
+def _linear_cross_entropy(x, weight, bias, targets, ignore_index=-100, reduction="mean", label_smoothing=0.0):  # type: ignore[no-untyped-def]
+    logits = F.linear(x, weight, bias).float()
+    return F.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
@@ -137,4 +144,5 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "linear_act": _linear_act,
     "rms_norm_rope": _rms_norm_rope,
     "rope": _rope,
+    "linear_cross_entropy": _linear_cross_entropy,
 }

@@ -1,0 +1,101 @@
+"""The CPU path of linear_cross_entropy: products of a chunk of rows, softmax over rows that stay in cache.
+
+Where the processor multiplies x's low precision dtype it does; its products come back rounded to that dtype,
+so such a chunk's logits are, too, as eager's are. Elsewhere everything between x and the float32 results is
+float32: no rounding at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels.linear_cpu import multiplies
+
+CHUNK_BYTES = 8 << 20  # of float32 logits: the third-level cache, and enough rows for an efficient product
+PASS_BYTES = 1 << 20  # of logits that the softmax's passes visit in turn: the second-level cache
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignored: int, smoothing: float,
+    losses: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Write each row's loss, and the gradients of their sum that are not None.
+
+    Args:
+        x: (M, K); weight: (V, K); bias: (V,); any strides.
+        targets: (M,) int64.
+        losses: (M,) float32, zeros; grad_x (M, K), grad_weight (V, K), grad_bias (V,): float32, contiguous.
+
+    Raises:
+        IndexError: a target is neither a class nor `ignored`.
+    """
+    (M, _), V = x.shape, weight.shape[0]
+    counts = targets != ignored
+    safe = targets.where(counts, 0)
+    if M and not bool(((safe >= 0) & (safe < V)).all()):
+        wrong = next(t for t in safe.tolist() if not 0 <= t < V)
+        raise IndexError(f"linear_cross_entropy: target {wrong} is none of the {V} classes")
+    dtype = x.dtype if multiplies(x.dtype) else torch.float32
+    weight, wide_bias = weight.to(dtype), None if bias is None else bias.float()
+    wanted = any(g is not None for g in (grad_x, grad_weight, grad_bias))
+    rows = min(M, max(64, CHUNK_BYTES // (4 * V)))
+    buffer = torch.empty((rows, V), dtype=torch.float32)
+    for start in range(0, M, max(rows, 1)):
+        here = slice(start, min(start + rows, M))
+        h, z = x[here].to(dtype), buffer[: here.stop - start]
+        _logits(h, weight, wide_bias, z)
+        _softmax(z, safe[here], counts[here], smoothing, losses[here], wanted)
+        if not wanted:
+            continue
+        dz = z.to(dtype)
+        if grad_x is not None:
+            _product(dz, weight, grad_x[here], first=True)
+        if grad_weight is not None:
+            _product(dz.t(), h, grad_weight, first=start == 0)
+        if grad_bias is not None:
+            total = z.sum(0)
+            grad_bias.add_(total) if start else grad_bias.copy_(total)
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
+    if bias is not None and h.dtype == torch.float32:
+        torch.addmm(bias, h, weight.t(), out=z)
+        return
+    _product(h, weight.t(), z, first=True)
+    if bias is not None:
+        z += bias
+
+
+def _product(a: Tensor, b: Tensor, total: Tensor, *, first: bool) -> None:
+    """a @ b to float32 `total`, or added to it."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, counts: Tensor, smoothing: float, losses: Tensor, wanted: bool
+) -> None:
+    """The losses of rows of logits (R, V); the logits become the gradients of their sum if `wanted`."""
+    V = logits.shape[1]
+    size = max(1, PASS_BYTES // (4 * V))
+    parts = (t.split(size) for t in (logits, targets[:, None], counts[:, None], losses))
+    for z, target, count, loss in zip(*parts, strict=True):
+        top = z.amax(1, keepdim=True)
+        row_loss = top - (1.0 - smoothing) * z.gather(1, target)
+        if smoothing:
+            row_loss -= smoothing * z.mean(1, keepdim=True)
+        total = z.sub_(top).exp_().sum(1, keepdim=True)
+        row_loss += total.log()
+        loss.copy_(row_loss.masked_fill_(~count, 0.0).squeeze(1))
+        if not wanted:
+            continue
+        scale = count.to(torch.float32)
+        z.mul_(scale / total)
+        if smoothing:
+            z.sub_(scale * (smoothing / V))
+        z.scatter_add_(1, target, scale * (smoothing - 1.0))
