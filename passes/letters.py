@@ -1,4 +1,4 @@
-"""The letters of a rule's shapes: "* K", "Hkv*G", "2*R", "rows" (the product of *) against a graph's sizes."""
+"""Letters of a rule's shapes against a graph's sizes: "* K", "Hkv*G", "2*R", "rows" (the product of *)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ ANCHORS = frozenset({"linear", "addmm", "matmul", "layer_norm", "rms_norm", "rsq
 INVERTIBLE = {"transpose_last": torch.ops.aten.transpose.int, "not": torch.ops.aten.logical_not.default}
 INVERSE_ARGS: dict[str, tuple[int, ...]] = {"transpose_last": (-2, -1), "not": ()}
 NEUTRAL = {"mul": 1.0, "dropout": 0.0}
-_WORDS = {"bool": torch.bool, "int": torch.int64}
+_WORDS = {"bool": torch.bool, "int": torch.int64, "float32": torch.float32, "complex": torch.complex64}
 LOW = torch.bfloat16  # stands for "the dtype of the op's first argument" in a trace
 
 
