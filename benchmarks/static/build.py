@@ -33,24 +33,46 @@ Jobs = dict[str, list[dict[str, Any]]]  # by Triton
 def plan(specialisations: Iterable[Specialisation], everything: bool = False, amd: bool = False) -> Jobs:
     """The jobs of each Triton; with `amd`, those of gfx942 that samples of real size need, as well."""
     jobs: Jobs = {version: [] for version in PYTHONS}
+    specialisations = list(specialisations)
+    widest = _widest(specialisations)
     for found in specialisations:
         archs = [arch for arch in TARGETS if f"sm_{arch}" in found.targets]
         pairs: list[tuple[str, Any]] = [(version, arch) for version in PYTHONS for arch in archs]
-        builds = [pair for pair in pairs if everything or _planned(found, pair)]
+        builds = [pair for pair in pairs if everything or _planned(found, pair, widest)]
         if amd and found.bench and "sm_80" in found.targets:  # whose tables serve what has none
             builds.append(AMD)
         for version, arch in builds:
-            # Reading machine code takes as long as compiling: only where it is real size and understood.
-            loop = found.bench and arch in sass.VERIFIED
+            # Reading machine code takes as long as compiling: only where it is real size and understood,
+            # and of one Triton.
+            loop = found.bench and arch in sass.VERIFIED and (everything or version == GPU_MACHINE[0])
             job = {**dataclasses.asdict(found), "key": found.key, "arch": arch, "loop": loop}
             jobs[version].append(job)
     return jobs
 
 
-def _planned(found: Specialisation, build: tuple[str, Any]) -> bool:
-    if "*fp16" in found.signature.values():
-        return found.bench and build == GPU_MACHINE
-    return found.bench or build == GPU_MACHINE
+def _planned(found: Specialisation, build: tuple[str, Any], widest: set[str]) -> bool:
+    """The GPU machine's pair gets all of real size; others, and odd sizes there, each configuration once."""
+    if build == GPU_MACHINE:
+        return found.bench or (found.key in widest and "*fp16" not in found.signature.values())
+    return found.bench and found.key in widest and "*fp16" not in found.signature.values()
+
+
+def _widest(specialisations: list[Specialisation]) -> set[str]:
+    """Of those that differ in activation, optional tensors and strides only, the one with most tensors."""
+    groups: dict[tuple[Any, ...], Specialisation] = {}
+    for found in specialisations:
+        kinds = (bool, int, str) if found.bench else (bool, str)  # odd sizes: whatever their blocks are
+        shape = [(k, v) for k, v in found.constexprs.items() if k.isupper() and type(v) in kinds]
+        dtype = next(v for v in found.signature.values() if str(v).startswith("*"))
+        group = (found.module, found.kernel, found.bench, dtype, found.targets, *map(str, sorted(shape)),
+                 *(map(str, sorted(found.options.items())) if found.bench else ()))  # fmt: skip
+        if group not in groups or _tensors(found) > _tensors(groups[group]):
+            groups[group] = found
+    return {found.key for found in groups.values()}
+
+
+def _tensors(found: Specialisation) -> tuple[int, str]:
+    return sum(str(v).startswith("*") for v in found.signature.values()), found.key
 
 
 def compile_all(jobs: Jobs, advance: Callable[[], None]) -> Results:
