@@ -135,6 +135,8 @@ def slug(name: str) -> str:
 @functools.cache
 def for_device(index: int) -> Table:
     """The table of a CUDA device: its own where it was measured, else that of its architecture."""
+    if not torch.backends.cuda.is_built():  # kernels run from their IR on a CPU: the sanitizer lane
+        return load("sm_90")
     name = slug(torch.cuda.get_device_name(index))
     if (FOLDER / f"{name}.json").exists():
         return load(name)

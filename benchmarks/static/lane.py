@@ -11,8 +11,8 @@ machine's makes other code than the newest: this Python's, and that of `.venv-tr
 Kernels that samples of real model size and the tables' configurations need are compiled for the GPU machine's
 pair of Triton and architecture, and each configuration once, with the most tensors, for every other pair; of
 those that only the small odd samples of the tests need, one of each kind for the GPU machine's pair; float16,
-for which tiles are those of bfloat16, for that pair at real size. `--all` compiles everything for every pair, and for AMD's
-gfx942, which is shown but fails nothing. `--report` draws what was found.
+for which tiles are those of bfloat16, for that pair at real size. `--all` compiles everything for every pair,
+and for AMD's gfx942, which is shown but fails nothing. `--report` draws what was found.
 Figures are kept in .static/ by the hash of the kernel's source, so a second run compiles only what changed.
 """
 
