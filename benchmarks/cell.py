@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.clock import Call
 from benchmarks.kernels.accuracy import Judge
-from benchmarks.kernels.cases import Case, backward_call, copies, forward_call
+from benchmarks.kernels.cases import Case, copies, prepare
 from benchmarks.kernels.plan import draw
 from benchmarks.kernels.providers import function, survey
 from benchmarks.kernels.rivals import Unfit
@@ -100,9 +100,10 @@ class Bench:
         return fn, errors[direction]
 
     def _calls(self, fn: Callable[..., Any], direction: str) -> list[Call]:
-        prepare = forward_call if direction == "forward" else backward_call
         cache = CPU_CACHE_BYTES if self.settings.device.type == "cpu" else None
-        calls = [prepare(fn, args) for args in copies(self._case.sample.args, cache)]
+        calls = [
+            prepare(self._case.name, direction)(fn, args) for args in copies(self._case.sample.args, cache)
+        ]
         return [call for call in calls if call is not None]
 
     def _describe(self, benchmark: Any, cell: Cell, error: float) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.cell import Bench
+from benchmarks.kernels.cases import gradients_of
 from benchmarks.kernels.plan import listing
 from benchmarks.kernels.providers import PROVIDERS, STANDARD
 from benchmarks.kernels.rivals import RIVALS
@@ -49,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings = _settings(metafunc.config)
     cells, ids = [], []
     for op, dtype, index, name in listing(settings):
-        for direction in ("forward", "backward"):
+        for direction in ("forward", gradients_of(op)):
             for provider in settings.providers:
                 cells.append((op, dtype, index, direction, provider))
                 ids.append("-".join((op, name, str(dtype).removeprefix("torch."), direction, provider)))

@@ -24,6 +24,7 @@ COLOURS = {
     "skipped": "yellow",
     "left out": "yellow",
 }
+DIRECTIONS = ("forward", "backward", "training")
 AGAINST = ("eager", "compile")
 
 
@@ -81,10 +82,10 @@ def gains(cells: list[dict[str, Any]]) -> Table:
     view = Table(title="median gain of fusekit: over eager, over torch.compile", title_justify="left")
     for heading in ("op", "dtype"):
         view.add_column(heading)
-    for heading in ("samples", *(f"{d} {o}" for d in ("forward", "backward") for o in AGAINST)):
+    for heading in ("samples", *(f"{d} {o}" for d in DIRECTIONS for o in AGAINST)):
         view.add_column(heading, justify="right")
     for (op, dtype), ratios_by in found.items():
-        columns = [ratios_by.get((d, o)) for d in ("forward", "backward") for o in AGAINST]
+        columns = [ratios_by.get((d, o)) for d in DIRECTIONS for o in AGAINST]
         texts = [f"{statistics.median(ratios):.2f}×" if ratios else "–" for ratios in columns]
         view.add_row(op, dtype, str(len(samples[op, dtype])), *texts)
     return view

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import Case, gradients_of
 from fusekit.kernels.parity import longest_sum, results_and_grads, widen
 
 # Times the error that eager, or rounding alone, would make. Above it a result is not worse, but another one;
@@ -21,7 +21,7 @@ class Judge:
     """Holds a case's float64 results while its providers are compared with them; eager comes first."""
 
     def __init__(self, case: Case) -> None:
-        self.args, self.dtype = case.sample.args, case.dtype
+        self.args, self.dtype, self.gradients = case.sample.args, case.dtype, gradients_of(case.name)
         self.truth = results_and_grads(case.op.reference, widen(self.args))
         self.allowed = {
             name: max(_error(exact.to(self.dtype), exact), 2.0**-24 * math.sqrt(longest_sum(self.args)))
@@ -39,7 +39,7 @@ class Judge:
         errors: dict[str, float] = {}
         wrong: dict[str, str] = {}
         for name, error in by_name.items():
-            direction = "backward" if name.startswith("grad") else "forward"
+            direction = self.gradients if name.startswith("grad") else "forward"
             errors[direction] = max(errors.get(direction, 0.0), error)
             if not error <= WRONG * self.allowed[name]:
                 wrong.setdefault(direction, _sentence(name, error, self.allowed[name]))

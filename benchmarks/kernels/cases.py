@@ -46,12 +46,47 @@ def _copy(value: Any) -> Any:
     return copy.requires_grad_(value.requires_grad)
 
 
+# Ops that compute gradients in their forward pass: only the whole of both can be compared with eager's.
+JOINT = frozenset({"linear_cross_entropy"})
+
+
+def gradients_of(name: str) -> str:
+    """What the direction of an op's gradients is called: "training" where the forward pass is in it."""
+    return "training" if name in JOINT else "backward"
+
+
 def forward_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
+    """As in training: what backward needs is saved."""
+
+    def call() -> Any:
+        with torch.enable_grad():
+            return fn(*args)
+
+    return call
+
+
+def evaluation_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
     def call() -> Any:
         with torch.no_grad():
             return fn(*args)
 
     return call
+
+
+def training_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call | None:
+    """Forward and backward."""
+
+    def call() -> Any:
+        backward = backward_call(fn, args)
+        return backward and backward()
+
+    return call
+
+
+def prepare(name: str, direction: str) -> Callable[..., Call | None]:
+    """What makes the calls of an op's direction."""
+    forward = evaluation_call if name in JOINT else forward_call
+    return {"forward": forward, "backward": backward_call, "training": training_call}[direction]
 
 
 def backward_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call | None:
@@ -118,7 +153,7 @@ def _like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _linear_cross_entropy(x, weight, bias, targets, ignore_index=-100, reduction="mean", label_smoothing=0.0):  # type: ignore[no-untyped-def]
-    logits = F.linear(x, weight, bias).float()
+    logits = F.linear(x, weight, bias).float().reshape(-1, weight.shape[0])
     return F.cross_entropy(
         logits, targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )

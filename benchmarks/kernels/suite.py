@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.clock import Call, Clock, CpuClock, CudaClock, samples
 from benchmarks.kernels.accuracy import Judge
-from benchmarks.kernels.cases import Case, backward_call, copies, forward_call
+from benchmarks.kernels.cases import Case, copies, prepare
 from benchmarks.kernels.providers import function
 from benchmarks.kernels.rivals import Unfit
 from benchmarks.kernels.work import Work, work
@@ -93,7 +93,7 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[dict[str
         del repeated[2:]
     for direction in tasks:
         timed = {name: fn for name, fn in working.items() if "failed" not in cells[name, direction]}
-        for name, result in _time(timed, direction, repeated, settings).items():
+        for name, result in _time(case.name, timed, direction, repeated, settings).items():
             cells[name, direction] |= result
     return [_described(case, *key, cell, tasks[key[1]], ceilings) for key, cell in cells.items()]
 
@@ -122,6 +122,7 @@ def _judge(case: Case, settings: Settings, tasks: Mapping[str, Work]) -> tuple[C
 
 
 def _time(
+    op: str,
     working: Mapping[str, Callable[..., Any]],
     direction: str,
     repeated: list[tuple[Any, ...]],
@@ -131,8 +132,8 @@ def _time(
     contenders: dict[str, list[Call]] = {}
     for name, fn in working.items():
         try:
-            prepare = forward_call if direction == "forward" else backward_call
-            calls = [call for call in (prepare(fn, args) for args in repeated) if call is not None]
+            made = (prepare(op, direction)(fn, args) for args in repeated)
+            calls = [call for call in made if call is not None]
             reset_peak(settings.device)
             calls[0]()  # warm: judged before, but the first call on these strides may compile again
             if settings.device.type == "cuda":

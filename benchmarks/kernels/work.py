@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import Case, gradients_of
 
 # FLOPs of the backward pass over the forward pass's: two products for one; attention recomputes its scores.
 BACKWARD_FLOPS = {"attention": 2.5}
@@ -32,7 +32,9 @@ def work(case: Case) -> dict[str, Work]:
     grads = sum(_bytes(t) for t in tensors if t.requires_grad)
     if grads:
         backward = int(flops * BACKWARD_FLOPS.get(case.name, 2.0))
-        found["backward"] = Work(backward, inputs + outputs + grads)
+        direction = gradients_of(case.name)
+        both = flops if direction == "training" else 0
+        found[direction] = Work(both + backward, inputs + outputs + grads)
     return found
 
 

@@ -76,7 +76,7 @@ def _legend(axes: Any, markers: dict[str, str]) -> None:
 
     entries = [mark(COLOUR[p], "o", NAMES.get(p, p)) for p in SHOWN]
     entries += [mark(INK, marker, op, "none") for op, marker in markers.items()]
-    entries += [mark(INK, "o", "forward"), mark(INK, "o", "backward", "none")]
+    entries += [mark(INK, "o", "forward"), mark(INK, "o", "backward, training", "none")]
     axes.legend(handles=entries, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
@@ -123,7 +123,7 @@ def _time(seconds: float) -> str:
 
 def _bandwidth(cells: list[dict[str, Any]], ceilings: dict[str, Any], path: Path) -> Path:
     """GB/s over columns: a panel per norm and direction, a line per provider and dtype."""
-    panels = sorted({(c["op"], c["direction"]) for c in cells}, key=lambda p: (p[0], p[1] == "backward"))
+    panels = sorted({(c["op"], c["direction"]) for c in cells}, key=lambda p: (p[0], p[1] != "forward"))
     rows = (len(panels) + 1) // 2
     figure, grid = _pyplot().subplots(
         rows, 2, figsize=(12.5, 3.6 * rows), dpi=120, squeeze=False, sharex=True, sharey=True
