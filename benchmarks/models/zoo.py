@@ -85,7 +85,10 @@ def _hugging_face(config: str, model: str, sizes: Sizes, *, names: Mapping[str, 
     import transformers
 
     given = {names[name]: value for name, value in sizes.items() if name in names}
-    return getattr(transformers, model)(getattr(transformers, config)(**given, **fixed))
+    built = getattr(transformers, config)(**given, **fixed)
+    if model.endswith("Classification"):  # left open, the first step decides it: two compiles
+        built.problem_type = "single_label_classification"
+    return getattr(transformers, model)(built)
 
 
 def _language_batch(sizes: Sizes, device: torch.device) -> Batch:
