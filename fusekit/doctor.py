@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fusekit.ceilings import measure_ceilings
 from fusekit.gpu_check import remark
-from fusekit.kernels import OPS
+from fusekit.kernels import OPS, cpu_library
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.meter import machine
 
@@ -114,6 +114,7 @@ def _lanes(versions: Mapping[str, str | None]) -> dict[str, str | None]:
     return {
         "training": needs("tokenizers"),
         "torch.compile on CPU": _compiler(),
+        "compiled CPU passes": cpu_library.obstacle(),
         "native lane": needs("pytest", "hypothesis", "expecttest"),
         "sanitizer lane": linux or needs("pytest", "triton", "ttsem"),
         "static lane": linux or needs("triton"),
@@ -134,7 +135,7 @@ def _providers(versions: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def _compiler() -> str | None:
-    if any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if any(map(shutil.which, cpu_library.COMPILERS)):
         return None
     return "needs a C++ compiler: apt-get install g++"
 

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusekit.kernels import philox
+from fusekit.kernels import attention_cpu, philox
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -31,6 +31,9 @@ def forward(
     B, H, Tq, _ = q.shape
     out = q.new_empty((B, Tq, H, v.shape[-1])).transpose(1, 2)
     stats = q.new_zeros((1 + (mask is not None and mask.dtype != torch.bool), B, H, Tq), dtype=torch.float32)
+    if attention_cpu.takes(q, k, v, mask, dropout):
+        attention_cpu.forward(q, k, v, causal, scale, out, stats)
+        return out, stats
     if _flash_fits(q, k, v, dropout):
         dtype = _compute_dtype(q.dtype)
         added = _additive(mask, q, dtype)
@@ -50,6 +53,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, each laid out as (B, T, H, D)."""
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
+    if attention_cpu.takes(q, k, v, mask, dropout):
+        attention_cpu.backward(grad_output, q, k, v, out, stats, causal, scale, dq, dk, dv)
+        return dq, dk, dv
     large = len(stats) == 2 and bool((stats[0].abs() > LARGEST_LSE).any())
     if _flash_fits(q, k, v, dropout) and not large:
         dtype = _compute_dtype(q.dtype)

@@ -30,9 +30,9 @@ from torch import Tensor
 from fusekit.kernels import feed_forward_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.feed_forward_cpu import PACKED, parts, stores_hidden
 from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul, sum_partials
+from fusekit.kernels.hidden_cpu import PACKED, parts, stores_hidden
 from fusekit.kernels.launch import launch, on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.linear_act import _dact, _optional_rows, _rows, _shape, _use_tf32

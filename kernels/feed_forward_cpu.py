@@ -2,8 +2,7 @@
 
 float32, and 16-bit dtypes that the processor does not multiply (widened, see linear_cpu.py): a block of rows
 goes through both products, and only what backward needs is written whole. Backward does the same, weight
-gradients adding up over blocks. 16-bit dtypes that it does multiply: whole products, since oneDNN packs the
-weights in every call, and activations over blocks in between.
+gradients adding up over blocks. 16-bit dtypes that it does multiply: feed_forward_whole.py.
 """
 
 from __future__ import annotations
@@ -11,25 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.linear_cpu import PASS_BYTES, _affine, _row_blocks, multiplies
-
-PACKED = ("gate_up", "up_gate")  # both in one weight, in this order
-
-
-def parts(z: list[Tensor], form: str) -> tuple[Tensor, Tensor | None]:
-    """What is activated, and what multiplies it, as views of the first products' results (..., H or 2 H)."""
-    if form == "plain":
-        return z[0], None
-    if form == "gated":
-        return z[0], z[1]
-    first, second = z[0].tensor_split(2, -1)
-    return (first, second) if form == "gate_up" else (second, first)
-
-
-def stores_hidden(act: str, form: str) -> bool:
-    """Whether h is what is saved: backward reads nothing else."""
-    return form == "plain" and (act == "none" or ACTIVATIONS[act].from_output)
+from fusekit.kernels import feed_forward_whole
+from fusekit.kernels.hidden_cpu import activate, derive, stores_hidden
+from fusekit.kernels.linear_cpu import _affine, _row_blocks
 
 
 def forward(
@@ -51,8 +34,8 @@ def forward(
         y: (M, N), contiguous.
         saved: none, or one contiguous (M, rows of the weight) for each weight.
     """
-    if _whole(x.dtype):
-        _forward_whole(x, weights, biases, w_out, b_out, residual, act, form, y, saved)
+    if feed_forward_whole.takes(x.dtype):
+        feed_forward_whole.forward(x, weights, biases, w_out, b_out, residual, act, form, y, saved)
         return
     weights, biases = [w.float() for w in weights], [_wide(b) for b in biases]
     w_out, b_out = w_out.float(), _wide(b_out)
@@ -65,7 +48,7 @@ def forward(
         if saved and not direct and not stores_hidden(act, form):
             for whole, part in zip(saved, z, strict=True):
                 whole[rows] = part
-        h = _hidden(z, act, form, in_place=not direct)
+        h = activate(z, act, form, in_place=not direct)
         if saved and stores_hidden(act, form):
             saved[0][rows] = h
         if y.dtype == torch.float32:
@@ -75,30 +58,6 @@ def forward(
             continue
         wide = h @ w_out.t() if b_out is None else torch.addmm(b_out, h, w_out.t())
         y[rows] = wide if residual is None else wide.add_(residual[rows])
-
-
-def _forward_whole(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    w_out: Tensor,
-    b_out: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    form: str,
-    y: Tensor,
-    saved: list[Tensor],
-) -> None:
-    keeps = stores_hidden(act, form)
-    z = saved if saved and not keeps else [x.new_empty((len(x), len(weight))) for weight in weights]
-    for weight, bias, out in zip(weights, biases, z, strict=True):
-        _affine(x, weight, bias, out)
-    h = saved[0] if saved and keeps else x.new_empty((len(x), w_out.shape[1]))
-    for rows in _row_blocks(len(x), h.shape[1], PASS_BYTES):
-        h[rows] = _hidden([t[rows].float() for t in z], act, form, in_place=True)
-    _affine(h, w_out, b_out, y)
-    if residual is not None:
-        y += residual
 
 
 def backward(
@@ -123,8 +82,8 @@ def backward(
         saved: what forward wrote; none where b_out alone needs a gradient.
         grad_x: (M, K); the others have their parameter's shape, grad_weights and grad_w_out its strides.
     """
-    if _whole(grad.dtype):
-        _backward_whole(
+    if feed_forward_whole.takes(grad.dtype):
+        feed_forward_whole.backward(
             grad, x, weights, w_out, saved, act, form,
             grad_x, grad_weights, grad_biases, grad_w_out, grad_b_out,
         )  # fmt: skip
@@ -140,7 +99,7 @@ def backward(
         if wide_b_out is not None:
             wide_b_out += dy.sum(0)
         dh = dy @ w_out if inner else None
-        h, dzs = _derivatives([t[rows].float() for t in saved], dh, act, form) if saved else (None, [])
+        h, dzs = derive([t[rows].float() for t in saved], dh, act, form) if saved else (None, [])
         if wide_w_out is not None and h is not None:
             wide_w_out.addmm_(dy.t(), h)
         if grad_x is not None:
@@ -153,53 +112,6 @@ def backward(
                 wide_weight.addmm_(dz.t(), x[rows].float())
             if wide_bias is not None:
                 wide_bias += dz.sum(0)
-    sums.round()
-
-
-def _backward_whole(
-    grad: Tensor,
-    x: Tensor | None,
-    weights: list[Tensor],
-    w_out: Tensor,
-    saved: list[Tensor],
-    act: str,
-    form: str,
-    grad_x: Tensor | None,
-    grad_weights: list[Tensor | None],
-    grad_biases: list[Tensor | None],
-    grad_w_out: Tensor | None,
-    grad_b_out: Tensor | None,
-) -> None:
-    sums = _Sums()
-    wide_biases, wide_b_out = [sums.of(g) for g in grad_biases], sums.of(grad_b_out)
-    inner = grad_x is not None or any(g is not None for g in (*grad_weights, *grad_biases))
-    dh = grad @ w_out if inner else None
-    h = grad.new_empty((len(grad), w_out.shape[1])) if grad_w_out is not None else None
-    dzs = [torch.empty_like(t) for t in saved] if inner else []
-    for rows in _row_blocks(len(grad), sum(map(len, weights)), PASS_BYTES):
-        if wide_b_out is not None:
-            wide_b_out += grad[rows].float().sum(0)
-        if not saved:
-            continue
-        narrow = [t[rows].float() for t in saved]
-        block_h, block_dzs = _derivatives(narrow, None if dh is None else dh[rows].float(), act, form)
-        if h is not None:
-            h[rows] = block_h
-        for dz, block_dz, wide_bias in zip(dzs, block_dzs, wide_biases, strict=False):
-            dz[rows] = block_dz
-            if wide_bias is not None:
-                wide_bias += block_dz.sum(0)
-    del dh
-    if grad_w_out is not None and h is not None:
-        torch.mm(grad.t(), h, out=grad_w_out)
-    del h
-    for i, (dz, weight, grad_weight) in enumerate(zip(dzs, weights, grad_weights, strict=False)):
-        if grad_x is not None and i == 0:
-            torch.mm(dz, weight, out=grad_x)
-        elif grad_x is not None:
-            grad_x.addmm_(dz, weight)
-        if grad_weight is not None and x is not None:
-            torch.mm(dz.t(), x, out=grad_weight)
     sums.round()
 
 
@@ -223,43 +135,5 @@ class _Sums:
             narrow.copy_(wide)
 
 
-def _whole(dtype: torch.dtype) -> bool:
-    return dtype != torch.float32 and multiplies(dtype)
-
-
 def _wide(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float()
-
-
-def _hidden(z: list[Tensor], act: str, form: str, in_place: bool) -> Tensor:
-    """h of float32 z; in the gate's memory, or in memory of its own."""
-    gate, up = parts(z, form)
-    out = gate if in_place else torch.empty(gate.shape)
-    if act != "none":
-        ACTIVATIONS[act].cpu(gate, out)
-    elif not in_place:
-        out = gate
-    if up is None:
-        return out
-    return out.mul_(up) if out is not gate or in_place else out * up
-
-
-def _derivatives(saved: list[Tensor], dh: Tensor | None, act: str, form: str) -> tuple[Tensor, list[Tensor]]:
-    """h, and dz of each weight, of a float32 block; dh is scratch, and so is what is not in x's dtype."""
-    if stores_hidden(act, form):
-        return saved[0], [] if dh is None else [ACTIVATIONS[act].cpu_backward(dh, saved[0], dh)]
-    gate, up = parts(saved, form)
-    h = _hidden([gate], act, "plain", in_place=False)
-    if dh is None:
-        return h if up is None else h * up, []
-    if up is None:
-        ACTIVATIONS[act].cpu_backward(dh, gate, dh)
-        return h, [dh]
-    dzs = [torch.empty_like(t) for t in saved]
-    dgate, dup = parts(dzs, form)
-    assert dup is not None
-    torch.mul(dh, h, out=dup)
-    torch.mul(dh, up, out=dgate)
-    if act != "none":
-        ACTIVATIONS[act].cpu_backward(dgate, gate, dgate)
-    return (h * up if h is gate else h.mul_(up)), dzs

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.feed_forward_cpu import parts
+from fusekit.kernels.hidden_cpu import parts
 from fusekit.kernels.launch import launch
 
 GROUP_M = tl.constexpr(8)

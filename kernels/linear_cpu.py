@@ -1,12 +1,13 @@
 """The CPU path of linear_act: oneDNN or MKL products, activations over blocks of rows that stay in cache.
 
-Where the processor multiplies x's low precision dtype (AMX, AVX512-BF16, AVX512-FP16) oneDNN does, with the
-activation on its float32 accumulator, so y is rounded once; z is a second product, since the gelu of a
-rounded z is off by several roundings in its tail. Elsewhere ATen emulates such products, and float32 ones
-over blocks of widened rows take their place: 2048 x 384 x 1536 in bfloat16, one thread of an AVX2 processor,
-38 ms against 315 of eager's. No float32 copy of a whole activation is made. There weight and bias may be
-float32 beside a narrower x: rounding them would cost two passes a step and buy nothing, so the product reads
-the master weights and their gradients leave in float32.
+Where the processor multiplies x's low precision dtype (AMX, AVX512-BF16, AVX512-FP16), activation and
+residual ride on the float32 sums, so y is rounded once: in cpu/linear.cpp where AVX512-BF16 is all there is,
+else in oneDNN, where z is a second product, since the gelu of a rounded z is off by several roundings in its
+tail. Elsewhere ATen emulates such products, and float32 ones over blocks of widened rows take their place:
+2048 x 384 x 1536 in bfloat16, one thread of an AVX2 processor, 38 ms against 315 of eager's. No float32 copy
+of a whole activation is made. There weight and bias may be float32 beside a narrower x: rounding them would
+cost two passes a step and buy nothing, so the product reads the master weights and their gradients leave in
+float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fusekit.kernels import cpu_library
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.launch import on_gpu
 
@@ -54,19 +56,55 @@ def forward(
         act: a key of ACTIVATIONS.
         y, z: (M, N), contiguous.
     """
-    widens = not multiplies(x.dtype) or (x.dtype != torch.float32 and act in WIDENED)
-    if widens or x.numel() == 0:
+    if (act != "none" or residual is not None) and compiled(x, weight, act):  # oneDNN's own are as fast
+        _forward_compiled(x, weight, bias, residual, act, y, z)
+    elif _widens(x, residual, act):
         _forward_widened(x, weight, bias, residual, act, y, z)
     elif x.dtype == torch.float32:
         _affine(x, weight, bias, y if z is None else z)
         if act != "none" or residual is not None:
             _activate(y if z is None else z, residual, act, y)
+    elif residual is not None:
+        y.copy_(add_in_epilogue(x, weight, bias, residual))
     else:
         y.copy_(apply_with_epilogue(x, weight, bias, act))
         if z is not None:
             _affine(x, weight, bias, z)
-        if residual is not None:
-            y += residual
+
+
+def _widens(x: Tensor, residual: Tensor | None, act: str) -> bool:
+    """Whether only float32 products leave one rounding: no 16-bit ones, or no epilogue for what follows."""
+    if x.numel() == 0 or not multiplies(x.dtype):
+        return True
+    return x.dtype != torch.float32 and (act in WIDENED or (act != "none" and residual is not None))
+
+
+def compiled(x: Tensor, weight: Tensor, act: str) -> bool:
+    """Whether cpu/linear.cpp takes this product, with act and residual on its float32 sums."""
+    fits = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and x.numel() > 0
+    return fits and act in cpu_library.ACTIVATIONS and cpu_library.multiplies()
+
+
+def _forward_compiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    y: Tensor,
+    z: Tensor | None,
+) -> None:
+    x, weight = adjacent(x), adjacent(weight)
+    residual = None if residual is None else adjacent(residual)
+    cpu_library.call(
+        "linear_forward", x, x.stride(0), weight, weight.stride(0), None if bias is None else bias.float(),
+        residual, 0 if residual is None else residual.stride(0), cpu_library.ACTIVATIONS.index(act), y, z,
+        *y.shape, x.shape[1],
+    )  # fmt: skip
+
+
+def adjacent(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def apply_with_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -74,6 +112,12 @@ def apply_with_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, act: str
     name, algorithm = EPILOGUES[act]
     x, weight = x.contiguous(), weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+
+
+def add_in_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """x @ weight.T + bias + residual with the sum in oneDNN's epilogue, on its float32 accumulator."""
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
 def _forward_widened(

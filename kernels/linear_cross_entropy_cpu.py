@@ -1,7 +1,8 @@
 """The CPU path of linear_cross_entropy: products of a chunk of rows, softmax over rows that stay in cache.
 
-Where the processor multiplies x's low precision dtype it does; its products come back rounded to that dtype,
-so such a chunk's logits are, too, as eager's are. Elsewhere everything between x and the float32 results is
+Where the processor multiplies x's low precision dtype it does, with logits in float32 all the same: in
+cpu/linear.cpp, or, since other products come back rounded, as one product and a second one for what was
+rounded away. Elsewhere everything between x and the float32 results is
 float32: no rounding at all.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusekit.kernels import cpu_library, linear_cpu
 from fusekit.kernels.linear_cpu import multiplies
 
 CHUNK_BYTES = 8 << 20  # of float32 logits: the third-level cache, and enough rows for an efficient product
+COMPILED_CHUNK_BYTES = 16 << 20  # of bfloat16 gradients of logits: fewer sums of whole weight gradients
 PASS_BYTES = 1 << 20  # of logits that the softmax's passes visit in turn: the second-level cache
 
 
@@ -39,6 +42,10 @@ def forward(
     dtype = x.dtype if multiplies(x.dtype) else torch.float32
     weight, wide_bias = weight.to(dtype), None if bias is None else bias.float()
     wanted = any(g is not None for g in (grad_x, grad_weight, grad_bias))
+    if x.numel() and linear_cpu.compiled(x, weight, "none"):
+        settings = (targets, counts, smoothing)
+        _forward_compiled(x, weight, wide_bias, *settings, losses, grad_x, grad_weight, grad_bias)
+        return
     rows = min(M, max(64, CHUNK_BYTES // (4 * V)))
     buffer = torch.empty((rows, V), dtype=torch.float32)
     for start in range(0, M, max(rows, 1)):
@@ -58,11 +65,42 @@ def forward(
             grad_bias.add_(total) if start else grad_bias.copy_(total)
 
 
+def _forward_compiled(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, smoothing: float,
+    losses: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """As forward, product and softmax in one call: float32 logits of a block of rows exist at a time."""
+    (M, K), V = x.shape, weight.shape[0]
+    weight = linear_cpu.adjacent(weight)
+    wanted = any(g is not None for g in (grad_x, grad_weight, grad_bias))
+    rows = min(M, max(64, COMPILED_CHUNK_BYTES // (2 * V)))
+    buffer = x.new_empty((rows, V)) if wanted else None
+    for start in range(0, M, rows):
+        here = slice(start, min(start + rows, M))
+        h, dz = linear_cpu.adjacent(x[here]), None if buffer is None else buffer[: here.stop - start]
+        cpu_library.call(
+            "linear_softmax", h, h.stride(0), weight, weight.stride(0), bias, targets[here], counts[here],
+            smoothing, losses[here], dz, len(h), V, K,
+        )  # fmt: skip
+        if dz is None:
+            continue
+        if grad_x is not None:
+            _product(dz, weight, grad_x[here], first=True)
+        if grad_weight is not None:
+            _product(dz.t(), h, grad_weight, first=start == 0)
+        if grad_bias is not None:
+            total = dz.sum(0, dtype=torch.float32)
+            grad_bias.add_(total) if start else grad_bias.copy_(total)
+
+
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
     if bias is not None and h.dtype == torch.float32:
         torch.addmm(bias, h, weight.t(), out=z)
         return
-    _product(h, weight.t(), z, first=True)
+    rounded = h @ weight.t()
+    z.copy_(rounded)
+    if h.dtype != torch.float32:  # what the rounding took: exp would make percents of it
+        z += torch.addmm(rounded, h, weight.t(), beta=-1)
     if bias is not None:
         z += bias
 

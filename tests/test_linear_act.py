@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fusekit.kernels import linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.linear_act import OP
-from fusekit.kernels.linear_cpu import EPILOGUES, apply_with_epilogue
+from fusekit.kernels.linear_cpu import EPILOGUES, add_in_epilogue, apply_with_epilogue
 from fusekit.kernels.op import DTYPES
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 
@@ -72,9 +72,26 @@ def test_a_processor_that_multiplies_low_precision(act, dtype, monkeypatch):
 
     monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
     monkeypatch.setattr(linear_cpu, "apply_with_epilogue", in_float32)
+
+    def add_in_float32(x, weight, bias, residual):
+        wide = (x.float(), weight.float(), None if bias is None else bias.float())
+        return add_in_epilogue(*wide, residual.float()).to(x.dtype)
+
+    monkeypatch.setattr(linear_cpu, "add_in_epilogue", add_in_float32)
     leaves = [(torch.randn(s) / 2).to(dtype).requires_grad_() for s in ((70, 65), (72, 65), (72,), (70, 72))]
     assert_parity((*leaves[:3], None, act), inherent=OP.inherent)
     assert_parity((*leaves, act), inherent=True)
+
+
+def test_onednn_adds_the_residual():
+    x, weight, bias, residual = (
+        torch.randn(9, 5),
+        torch.randn(5, 7).t(),
+        torch.randn(7),
+        torch.randn(7, 9).t(),
+    )
+    expected = F.linear(x, weight, bias) + residual
+    torch.testing.assert_close(add_in_epilogue(x, weight, bias, residual), expected)
 
 
 @pytest.mark.parametrize("bias", [torch.randn(7), None], ids=["bias", "bare"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusekit.kernels import feed_forward_cpu, linear_cpu
+from fusekit.kernels import feed_forward_whole, linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.gated_mlp import OP as GATED
 from fusekit.kernels.mlp import OP as MLP
@@ -81,7 +81,7 @@ def test_many_row_blocks_add_up(dtype, monkeypatch):
 @pytest.mark.parametrize("act", ["gelu", "relu", "none"])
 def test_a_processor_that_multiplies_low_precision(act, monkeypatch):
     """Whole products in x's dtype, which ATen emulates where the processor has none."""
-    monkeypatch.setattr(feed_forward_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(feed_forward_whole, "multiplies", lambda dtype: True)
     cases = ((MLP, _mlp, mlp_arguments), (GATED, _gated, gated_arguments), (GATED, _gated, packed_arguments))
     for op, eager, arguments in cases:
         args = arguments(act, torch.bfloat16)
