@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusekit.kernels import norm_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.launch import launch, on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
@@ -181,6 +182,8 @@ def _backward_native(
         dx, *sums = _aten_backward(dy, h, (N,), *statistics, scale, scale, needed)
         if dx is not None and dh is not None:
             dx += dh
+    elif norm_cpu.takes(h):
+        dx, *sums = norm_cpu.backward(dy, dh, h, mean, rstd, scale, needed)
     else:
         dx, *sums = _backward_widened(dy, dh, h, mean, rstd, scale, needed)
     for i, parameter in enumerate((weight, bias)):

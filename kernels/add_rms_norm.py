@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusekit.kernels import norm_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.launch import launch, on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
@@ -173,6 +174,13 @@ def _backward_native(
     grads = _grads(h, weight, needed)
     N = h.shape[-1]
     scale = None if weight is None else weight.float() + offset
+    if norm_cpu.takes(h):
+        ones = h.new_ones(N, dtype=torch.float32) if scale is None else scale
+        dx, of_weight, _ = norm_cpu.backward(dy, dh, h, None, rstd, ones, [*needed, False])
+        return (
+            grads[0] if dx is None else dx,
+            grads[1] if of_weight is None or weight is None else of_weight.to(weight.dtype),
+        )
     total = h.new_zeros(N, dtype=torch.float32)
     rows = (None if t is None else t.reshape(-1, N) for t in (h, dy, dh, grads[0] if needed[0] else None))
     buffers: tuple[Tensor, ...] = ()

@@ -29,7 +29,7 @@ from torch import Tensor
 from fusekit.kernels import linear_cpu, linear_cross_entropy_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.gemm import matmul
-from fusekit.kernels.launch import launch, on_gpu
+from fusekit.kernels.launch import launch, on_gpu, recording
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample, not_runnable
 
@@ -152,16 +152,20 @@ def _forward(
     if M == 0:
         for grad in grads:
             grad.zero_()
-    run = _forward_triton if on_gpu(x) else linear_cross_entropy_cpu.forward
-    run(x.reshape(M, K), weight, bias, targets, ignore_index, label_smoothing,
-        losses, None if grad_x is None else grad_x.view(M, K), grad_weight, grad_bias)  # fmt: skip
     counted = (targets != ignore_index).sum()
-    total = losses.sum()
-    loss.copy_(total / counted if reduction == "mean" else total)
-    if reduction == "mean":
-        share = counted.clamp(min=1).to(torch.float32).reciprocal()  # no row counts: the gradients are 0
-        for grad in grads:
+    share = None if reduction == "sum" else counted.clamp(min=1).to(torch.float32).reciprocal()
+    arguments = (
+        x.reshape(M, K), weight, bias, targets, ignore_index, label_smoothing,
+        losses, None if grad_x is None else grad_x.view(M, K), grad_weight, grad_bias,
+    )  # fmt: skip
+    if on_gpu(x):
+        _forward_triton(*arguments)
+        for grad in grads if share is not None else ():
             grad.mul_(share)
+    else:
+        linear_cross_entropy_cpu.forward(*arguments, 1.0 if share is None else float(share))
+    total = losses.sum()
+    loss.copy_(total if share is None else total / counted)  # no row counts: NaN, and the gradients are 0
     return results
 
 
@@ -187,8 +191,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("linear_cross_entropy")
+        # `loss.backward()` hands over 1: on a CPU one can look, and spare a pass over the weight's gradient.
+        one = grad_output.device.type == "cpu" and not recording() and bool(grad_output == 1)
         scaled = (
-            (saved * grad_output).to(dtype) if need else None
+            (saved if one else saved * grad_output).to(dtype) if need else None
             for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         )
         return *scaled, None, None, None, None

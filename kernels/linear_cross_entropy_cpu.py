@@ -15,15 +15,16 @@ from fusekit.kernels import cpu_library, linear_cpu
 from fusekit.kernels.linear_cpu import multiplies
 
 CHUNK_BYTES = 8 << 20  # of float32 logits: the third-level cache, and enough rows for an efficient product
-COMPILED_CHUNK_BYTES = 16 << 20  # of bfloat16 gradients of logits: fewer sums of whole weight gradients
+COMPILED_CHUNK_BYTES = 32 << 20  # of bfloat16 gradients of logits: fewer sums of whole weight gradients
 PASS_BYTES = 1 << 20  # of logits that the softmax's passes visit in turn: the second-level cache
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignored: int, smoothing: float,
     losses: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+    share: float = 1.0,
 ) -> None:  # fmt: skip
-    """Write each row's loss, and the gradients of their sum that are not None.
+    """Write each row's loss, and the gradients of their sum, times `share`, that are not None.
 
     Args:
         x: (M, K); weight: (V, K); bias: (V,); any strides.
@@ -44,7 +45,7 @@ def forward(
     wanted = any(g is not None for g in (grad_x, grad_weight, grad_bias))
     if x.numel() and linear_cpu.compiled(x, weight, "none"):
         settings = (targets, counts, smoothing)
-        _forward_compiled(x, weight, wide_bias, *settings, losses, grad_x, grad_weight, grad_bias)
+        _forward_compiled(x, weight, wide_bias, *settings, losses, grad_x, grad_weight, grad_bias, share)
         return
     rows = min(M, max(64, CHUNK_BYTES // (4 * V)))
     buffer = torch.empty((rows, V), dtype=torch.float32)
@@ -52,7 +53,7 @@ def forward(
         here = slice(start, min(start + rows, M))
         h, z = x[here].to(dtype), buffer[: here.stop - start]
         _logits(h, weight, wide_bias, z)
-        _softmax(z, safe[here], counts[here], smoothing, losses[here], wanted)
+        _softmax(z, safe[here], counts[here], smoothing, losses[here], share if wanted else None)
         if not wanted:
             continue
         dz = z.to(dtype)
@@ -68,6 +69,7 @@ def forward(
 def _forward_compiled(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, smoothing: float,
     losses: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+    share: float = 1.0,
 ) -> None:  # fmt: skip
     """As forward, product and softmax in one call: float32 logits of a block of rows exist at a time."""
     (M, K), V = x.shape, weight.shape[0]
@@ -80,7 +82,7 @@ def _forward_compiled(
         h, dz = linear_cpu.adjacent(x[here]), None if buffer is None else buffer[: here.stop - start]
         cpu_library.call(
             "linear_softmax", h, h.stride(0), weight, weight.stride(0), bias, targets[here], counts[here],
-            smoothing, losses[here], dz, len(h), V, K,
+            smoothing, share, losses[here], dz, len(h), V, K,
         )  # fmt: skip
         if dz is None:
             continue
@@ -116,9 +118,9 @@ def _product(a: Tensor, b: Tensor, total: Tensor, *, first: bool) -> None:
 
 
 def _softmax(
-    logits: Tensor, targets: Tensor, counts: Tensor, smoothing: float, losses: Tensor, wanted: bool
+    logits: Tensor, targets: Tensor, counts: Tensor, smoothing: float, losses: Tensor, share: float | None
 ) -> None:
-    """The losses of rows of logits (R, V); the logits become the gradients of their sum if `wanted`."""
+    """The losses of rows of logits (R, V); the logits become the gradients of `share` times their sum."""
     V = logits.shape[1]
     size = max(1, PASS_BYTES // (4 * V))
     parts = (t.split(size) for t in (logits, targets[:, None], counts[:, None], losses))
@@ -130,9 +132,9 @@ def _softmax(
         total = z.sub_(top).exp_().sum(1, keepdim=True)
         row_loss += total.log()
         loss.copy_(row_loss.masked_fill_(~count, 0.0).squeeze(1))
-        if not wanted:
+        if share is None:
             continue
-        scale = count.to(torch.float32)
+        scale = count.to(torch.float32) * share
         z.mul_(scale / total)
         if smoothing:
             z.sub_(scale * (smoothing / V))

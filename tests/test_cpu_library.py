@@ -15,6 +15,15 @@ from fusekit.kernels.attention import reference
 from fusekit.kernels.parity import results_and_grads, widen
 
 BF16 = torch.bfloat16
+USERS = (
+    "mlp",
+    "gated_mlp",
+    "attention",
+    "linear_act",
+    "linear_cross_entropy",
+    "add_layer_norm",
+    "add_rms_norm",
+)
 FLOOR = 1.66e-3  # relative Frobenius error of rounding to bfloat16
 needs_compiler = pytest.mark.skipif(not cpu_library.available(), reason=f"{cpu_library.obstacle()}")
 needs_products = pytest.mark.skipif(not cpu_library.multiplies(), reason="needs AVX512-BF16 without AMX")
@@ -141,7 +150,7 @@ def test_threads_do_not_change_the_bits():
         assert all(torch.equal(one[name], three[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", ["mlp", "gated_mlp", "attention", "linear_act", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", USERS)
 def test_without_the_library_the_ops_are_as_exact(name, monkeypatch):
     monkeypatch.setattr(cpu_library, "_built", lambda: (None, "taken away"))
     monkeypatch.setattr(cpu_library, "multiplies", lambda: False)
