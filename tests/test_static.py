@@ -347,3 +347,18 @@ def test_every_kernel_file_loads_without_torch():
         assert type(sys.modules["torch"]).__name__ == "_Torch"
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+def test_only_what_changed_is_made_and_a_daily_share():
+    jobs = {
+        "3.6": [{"key": f"k{i}", "arch": 90, "bench": True, "targets": [], "source": "a"} for i in range(60)]
+    }
+    made = {job["key"]: build.fingerprint("3.6", job) for job in jobs["3.6"]}
+    recorded = {key: {"triton 3.6 sm_90": {"made": value}} for key, value in made.items()}
+    days = [build.changed(jobs, recorded, today)["3.6"] for today in range(build.SHARE)]
+    assert sorted(job["key"] for day in days for job in day) == sorted(made)  # each on one day
+    quiet = next(day for day in range(build.SHARE) if jobs["3.6"][0] not in days[day])
+    jobs["3.6"][0]["source"] = "another kernel source"
+    assert jobs["3.6"][0] in build.changed(jobs, recorded, quiet)["3.6"]
+    del recorded["k1"]
+    assert jobs["3.6"][1] in build.changed(jobs, recorded, quiet)["3.6"]

@@ -24,6 +24,7 @@ PYTHONS = {"3.8": Path(sys.executable), "3.6": CHECKOUT / ".venv-triton36" / "bi
 TARGETS = (80, 90, 100)
 GPU_MACHINE = ("3.6", 90)
 AMD = ("3.8", "gfx942")
+SHARE = 20
 
 Figures = dict[str, Any]
 Results = dict[str, dict[tuple[str, Any], Figures]]  # by Triton, then by key and architecture
@@ -104,7 +105,7 @@ def _compiled(version: str, jobs: list[dict[str, Any]]) -> Iterator[Figures]:
     for job in jobs:
         cached = _cache_file(version, job)
         if cached.exists():
-            yield json.loads(cached.read_text())
+            yield json.loads(cached.read_text()) | {"made": fingerprint(version, job)}
         else:
             fresh.append(job)
     if not fresh:
@@ -120,7 +121,7 @@ def _compiled(version: str, jobs: list[dict[str, Any]]) -> Iterator[Figures]:
         figures, done = json.loads(line), done + 1
         if "error" not in figures:
             _cache_file(version, job).write_text(line)
-        yield figures
+        yield figures | {"made": fingerprint(version, job)}
     feeder.join()
     if worker.wait() or done < len(fresh):
         raise RuntimeError(f"the compiler process of Triton {version} died at {fresh[done]['key']}")
@@ -131,11 +132,32 @@ def _feed(pipe: Any, jobs: list[dict[str, Any]]) -> None:
         pipe.writelines(json.dumps(job) + "\n" for job in jobs)
 
 
-def _cache_file(version: str, job: dict[str, Any]) -> Path:
-    """Named by what decides the figures: the job, which holds a hash of the kernel's source, and Triton."""
+def fingerprint(version: str, job: dict[str, Any]) -> str:
+    """Of what decides a build's figures: the job, with a hash of the kernel's source, Triton, our readers."""
     decisive = {k: v for k, v in job.items() if k not in ("bench", "targets")}
     text = json.dumps([version, _readers(), decisive], sort_keys=True)
-    return CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def changed(jobs: Jobs, recorded: dict[str, Any], today: int) -> Jobs:
+    """Without the builds that are recorded as they would be made now, but for one in SHARE, by the day.
+
+    Compiling is deterministic, and what is recorded has passed the gate: only what changed can fail. The
+    daily share finds out if that stops being true, of a package that was updated in place, say.
+    """
+    return {
+        version: [job for job in of if _due(version, job, recorded, today)] for version, of in jobs.items()
+    }
+
+
+def _due(version: str, job: dict[str, Any], recorded: dict[str, Any], today: int) -> bool:
+    before = recorded.get(job["key"], {}).get(f"triton {version} sm_{job['arch']}", {})
+    made = fingerprint(version, job)
+    return before.get("made") != made or int(made, 16) % SHARE == today % SHARE
+
+
+def _cache_file(version: str, job: dict[str, Any]) -> Path:
+    return CACHE / f"{fingerprint(version, job)}.json"
 
 
 @functools.cache

@@ -13,12 +13,17 @@ pair of Triton and architecture, and each configuration once, with the most tens
 those that only the small odd samples of the tests need, one of each kind for the GPU machine's pair; float16,
 for which tiles are those of bfloat16, for that pair at real size. `--all` compiles everything for every pair,
 and for AMD's gfx942, which is shown but fails nothing. `--report` draws what was found.
-Figures are kept in .static/ by the hash of the kernel's source, so a second run compiles only what changed.
+
+The record holds a fingerprint of each build: the kernel's source and all it calls, its configuration, Triton
+and architecture, and the code that reads the figures. A build whose fingerprint is recorded has passed this
+gate as it is now, and is not made again, except for a twentieth of them each day; `--fresh` makes all. What
+is made is kept in .static/ as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 from pathlib import Path
 
@@ -27,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.results_file import RESULTS
 from benchmarks.static import record
-from benchmarks.static.build import PYTHONS, Jobs, Results, compile_all, plan
+from benchmarks.static.build import PYTHONS, Jobs, Results, changed, compile_all, plan
 from benchmarks.static.gate import judge
 from benchmarks.static.report import amd_table, table
 from benchmarks.static.specialisations import collect
@@ -50,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     with console.status("collecting kernels"):
         found = {key: s for key, s in collect().items() if options.kernel in key.split("(")[0]}
     jobs = plan(found.values(), options.all, amd=options.all or options.report is not None)
+    planned = sum(map(len, jobs.values()))
+    if not (options.all or options.fresh or options.report):
+        jobs = changed(jobs, recorded, datetime.date.today().toordinal())
     results = _compile(console, jobs)
     failures = judge(found, results, recorded)
     console.print(table(found, results, failures))
@@ -64,7 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         console.print(f"report: {write_report(found, results, failures, options.report)}", highlight=False)
     count = sum(map(len, results.values()))
-    console.print(f"static: {len(found)} kernels, {count} builds, {len(failures)} failures")
+    console.print(
+        f"static: {len(found)} kernels, {planned} builds: {count} made, "
+        f"{planned - count} recorded as they are now; {len(failures)} failures"
+    )
     return 1 if failures else 0
 
 
@@ -76,6 +87,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--record", action="store_true", help="write benchmarks/results/static.json if all pass"
     )
+    parser.add_argument("--fresh", action="store_true", help="make recorded builds again as well")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument(
         "--report", nargs="?", type=Path, const=RESULTS / "static", metavar="FOLDER",

@@ -15,7 +15,7 @@ from fusekit.checkpoint import replace_text
 
 RECORD = RESULTS / "static.json"
 SCHEMA = 2
-KEPT = ("registers", "spills", "shared", "blocks", "warps", "limiter", "cycles", "bound", "ratio")
+KEPT = ("made", "registers", "spills", "shared", "blocks", "warps", "limiter", "cycles", "bound", "ratio")
 
 
 def to_record(specialisations: dict[str, Specialisation], results: Results) -> dict[str, Any]:
