@@ -16,6 +16,7 @@ through float16: there codes are made by integers. Maxima of integers are atomic
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ _ONE = tl.constexpr(127)  # the exponent field of 1
 
 
 def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32).item())
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 LEAST_AMAX = {dtype: _bits(largest / LARGEST_SCALE) for dtype, largest in LARGEST.items()}

@@ -127,7 +127,6 @@ def backward(
         else:
             torch.mm(dz, weight.to(dz.dtype), out=grad_input)
     if grad_weight is not None:
-        x = x.reshape(-1, x.shape[-1])
         if recipe.grad_weight:
             if rounded is None or recipe.scaling != "tensor":
                 rounded = through_fp8(dz, recipe, GRADIENT, True, scale, amax, dtype)
