@@ -3,7 +3,8 @@ r"""Product of two FP8 operands, both contiguous along the contraction: output =
 Codes and inverse scales are those of fp8_cast.py. How one step of 128 of the contraction is added:
 
     promote128   float32 registers += tensor core sum of the step: Hopper's FP8 accumulator keeps about 14
-                 bits, and what is added to it over a long contraction is cut towards zero
+                 bits, and what is added to it over a long contraction is cut towards zero. Blackwell's holds
+                 float32, and there the compiler adds in it
     fast         the step is added inside the tensor core
     block        promote128, the step's sum times the scales of its groups: costs nothing more
     decoded      codes become float16 in registers, which holds every one of them, and float16's own products
