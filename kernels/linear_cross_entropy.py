@@ -160,8 +160,9 @@ def _forward(
     )  # fmt: skip
     if on_gpu(x):
         _forward_triton(*arguments)
-        for grad in grads if share is not None else ():
-            grad.mul_(share)
+        if share is not None:
+            for grad in grads:
+                grad.mul_(share)
     else:
         linear_cross_entropy_cpu.forward(*arguments, 1.0 if share is None else float(share))
     total = losses.sum()
