@@ -1,0 +1,327 @@
+r"""Linear layer whose matrix products have FP8 operands.
+
+    z = Q(x) Q(w)^T + bias,   y = act(z)
+    grad_input = Q(dz) Q(w),   grad_weight = Q(dz)^T Q(x),   dz = dy * act'(z)
+
+Q rounds to eight bits with a scale a group and back: fp8_format.py. Gradients pass Q unchanged
+(straight-through); the bias gradient sums dz itself. Each product has the groups of its own contraction, so
+an operand of two products is quantised in two layouts, both from its values. Micikevicius et al. 2022, "FP8
+Formats for Deep Learning", arXiv:2209.05433; recipes: recipe.py.
+
+M rows (tokens, the leading dimensions of x), N output features, K input features.
+Saved for backward: the operands of the two later products as they enter them, and z where act' needs it.
+
+Delayed scales: `scale` (3,) of x, weight and gradient is used as it is, and the largest magnitudes seen are
+maximised into `amax` (3,). That is idempotent: the second forward pass of an activation checkpoint leaves
+amax as the first made it. Histories move once a step: fp8_history.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels import linear_fp8_cpu
+from fusekit.kernels.activations import ACTIVATIONS
+from fusekit.kernels.fp8_format import dequantise, group_of, quantise
+from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.linear_act import _optional_rows, _rows, _stores_z
+from fusekit.kernels.op import not_runnable
+from fusekit.kernels.recipe import Recipe
+
+
+def _round_trip(x: Tensor, recipe: Recipe, which: int, scale: Tensor | None, transposed: bool) -> Tensor:
+    """x (0), weight (1) or gradient (2) behind Q, in its own orientation, quantised as `transposed` says."""
+    dtype = recipe.gradient if which == 2 else recipe.forward
+    wide = torch.promote_types(x.dtype, torch.float32)
+    seen = x.t() if transposed else x
+    group = group_of(recipe, (seen.shape[0], seen.shape[1]), weight=which == 1)
+    own = scale[which] if recipe.delayed and scale is not None else None
+    values = dequantise(quantise(seen, dtype, group, recipe.power_of_two, own), group, wide)
+    return values.t() if transposed else values
+
+
+class _StraightThrough(torch.autograd.Function):
+    """z of the rows of x, in at least float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.recipe = recipe
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if not recipe.output:
+            return x.to(wide) @ weight.to(wide).t()
+        return _round_trip(x, recipe, 0, scale, False) @ _round_trip(weight, recipe, 1, scale, False).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, weight, scale), recipe, g = ctx.saved_tensors, ctx.recipe, grads[0]
+        wide = g.dtype
+        g_input = _round_trip(g, recipe, 2, scale, False) if recipe.grad_input else g
+        w = _round_trip(weight, recipe, 1, scale, True).to(wide) if recipe.grad_input else weight.to(wide)
+        g_weight = _round_trip(g, recipe, 2, scale, True) if recipe.grad_weight else g
+        x_weight = _round_trip(x, recipe, 0, scale, True).to(wide) if recipe.grad_weight else x.to(wide)
+        return (g_input @ w).to(x.dtype), (g_weight.t() @ x_weight).to(weight.dtype), None, None
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    recipe: str = "fp8-tensorwise",
+    scale: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> Tensor:
+    """The same in plain PyTorch; products in at least float32, one rounding. Leaves amax alone."""
+    z = _StraightThrough.apply(_rows(x), weight, Recipe.parse(recipe), scale)
+    z = z if bias is None else z + bias.to(z.dtype)
+    return ACTIVATIONS[act].reference(z).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _empty_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+    recipe: str,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    saves: list[bool],
+) -> tuple[Tensor, ...]:
+    """y, z, and the operands of grad_weight (from x) and grad_input (from weight) with inverse scales."""
+    chosen = Recipe.parse(recipe)
+    shape = (*x.shape[:-1], weight.shape[0])
+    stores = saves[2] and _stores_z(act, None)
+    dtype = linear_fp8_cpu.operand_dtype(x.dtype, chosen)
+    x_saved, x_inverse, w_saved, w_inverse = (x.new_empty((0,), dtype=torch.float32) for _ in range(4))
+    if saves[0] and chosen.grad_weight:
+        x_saved = x.new_empty((math.prod(x.shape[:-1]), x.shape[-1]), dtype=dtype)
+    if saves[1] and chosen.grad_input:
+        w_saved = weight.new_empty(weight.shape, dtype=dtype)
+    return x.new_empty(shape), x.new_empty(shape if stores else (0,)), x_saved, x_inverse, w_saved, w_inverse
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+    recipe: str,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    saves: list[bool],
+) -> tuple[Tensor, ...]:
+    results = _empty_forward(x, weight, bias, act, recipe, scale, amax, saves)
+    y, z, x_saved, _, w_saved, _ = results
+    linear_fp8_cpu.forward(
+        _rows(x), weight, bias, act, Recipe.parse(recipe), scale, amax,
+        _rows(y), _rows(z) if z.numel() else None,
+        x_saved if x_saved.dim() == 2 else None, w_saved if w_saved.dim() == 2 else None,
+    )  # fmt: skip
+    return results
+
+
+def _empty_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    x_inverse: Tensor,
+    weight: Tensor,
+    w_inverse: Tensor,
+    z: Tensor | None,
+    act: str,
+    recipe: str,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    sizes: list[int],
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, K = sizes
+    return (
+        grad_output.new_empty((*grad_output.shape[:-1], K) if needs[0] else (0,)),
+        grad_output.new_empty((N, K) if needs[1] else (0,), dtype=weight_dtype),
+        grad_output.new_empty((N,) if needs[2] else (0,), dtype=bias_dtype),
+    )
+
+
+def _backward(
+    grad_output: Tensor,
+    x: Tensor,
+    x_inverse: Tensor,
+    weight: Tensor,
+    w_inverse: Tensor,
+    z: Tensor | None,
+    act: str,
+    recipe: str,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    sizes: list[int],
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _empty_backward(
+        grad_output, x, x_inverse, weight, w_inverse, z, act, recipe, scale, amax, sizes, weight_dtype,
+        bias_dtype, needs,
+    )  # fmt: skip
+    grad_input, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    linear_fp8_cpu.backward(
+        _rows(grad_output), x, weight, _optional_rows(z), act, Recipe.parse(recipe), scale, amax,
+        _optional_rows(grad_input), grad_weight, grad_bias,
+    )  # fmt: skip
+    return grads
+
+
+forward_op = define(
+    "linear_fp8_forward(Tensor x, Tensor weight, Tensor? bias, str act, str recipe, Tensor? scale,"
+    " Tensor(a!)? amax, bool[3] saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_forward,
+)
+backward_op = define(
+    "linear_fp8_backward(Tensor grad_output, Tensor x, Tensor x_inverse, Tensor weight, Tensor w_inverse,"
+    " Tensor? z, str act, str recipe, Tensor? scale, Tensor(a!)? amax, int[2] sizes, ScalarType weight_dtype,"
+    " ScalarType bias_dtype, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _empty_backward,
+)
+
+
+class _LinearFp8(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        act: str,
+        recipe: str,
+        scale: Tensor | None,
+        amax: Tensor | None,
+    ) -> Tensor:
+        chosen = Recipe.parse(recipe)
+        needs = list(ctx.needs_input_grad[:3])
+        saves = [needs[1], needs[0], any(needs)]
+        y, z, x_saved, x_inverse, w_saved, w_inverse = forward_op(
+            x, weight, bias, act, recipe, scale, amax, saves
+        )
+        if saves[0] and not chosen.grad_weight:
+            x_saved = x
+        if saves[1] and not chosen.grad_input:
+            w_saved = weight
+        stores = any(needs) and act != "none"
+        saved = None if not stores else z if _stores_z(act, None) else y
+        ctx.save_for_backward(x_saved, x_inverse, w_saved, w_inverse, saved, scale)
+        ctx.settings = (
+            act,
+            recipe,
+            list(weight.shape),
+            weight.dtype,
+            (bias if bias is not None else weight).dtype,
+        )
+        ctx.needs, ctx.amax = needs, amax
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, x_inverse, weight, w_inverse, z, scale = ctx.saved_tensors
+        refuse_double_backward("linear_fp8")
+        found: list[Tensor | None] = [None, None, None]
+        if any(ctx.needs):
+            act, recipe, sizes, weight_dtype, bias_dtype = ctx.settings
+            computed = backward_op(
+                grads[0], x, x_inverse, weight, w_inverse, z, act, recipe, scale, ctx.amax, sizes,
+                weight_dtype, bias_dtype, ctx.needs,
+            )  # fmt: skip
+            found = [grad if need else None for grad, need in zip(computed, ctx.needs, strict=True)]
+        return *found, None, None, None, None
+
+
+MULTIPLE = 16  # features: tensor cores take FP8 rows that are 16 bytes apart
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    recipe: str = "fp8-tensorwise",
+    scale: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> str | None:
+    """None, or why linear_fp8 does not run on these arguments."""
+    if act not in ACTIVATIONS:
+        return f"activation {act!r} is none of {', '.join(ACTIVATIONS)}"
+    try:
+        chosen = Recipe.parse(recipe)
+    except ValueError as error:
+        return str(error)
+    if x.dim() == 0 or weight.dim() != 2:
+        return f"x {tuple(x.shape)} needs a last dimension of features, and weight {tuple(weight.shape)} two"
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        return (
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in input features; weight is (N, K)"
+        )
+    if N % MULTIPLE or K % MULTIPLE:
+        return f"weight {tuple(weight.shape)} has a dimension that {MULTIPLE} does not divide; FP8 needs that"
+    if bias is not None and tuple(bias.shape) != (N,):
+        return f"bias {tuple(bias.shape)} is not ({N},), one value per output feature"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+            return f"x is {x.dtype} and {name} is {tensor.dtype}; it may be x's dtype or float32"
+    for name, state in (("scale", scale), ("amax", amax)):
+        if state is not None and (state.dtype != torch.float32 or tuple(state.shape) != (3,)):
+            return f"{name} is {state.dtype} {tuple(state.shape)}, not float32 (3,): x, weight, gradient"
+    if chosen.delayed and scale is None:
+        return "the recipe has delayed scales: give `scale`, or use delayed=False"
+    return not_runnable(x, weight, bias, scale, amax)
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    recipe: str = "fp8-tensorwise",
+    scale: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> tuple[Any, ...]:
+    # Autocast lowers x alone: the weight is quantised from its master, and scale and amax stay float32.
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    reason = supports(x, weight, bias, act, recipe, scale, amax)
+    if reason is not None:
+        raise ValueError(f"linear_fp8: {reason}")
+    return x, weight, bias, act, recipe, scale, amax
+
+
+def _infer(*args: Any) -> Tensor:
+    return forward_op(*_checked(*args), [False, False, False])[0]
+
+
+def _differentiable(*args: Any) -> Tensor:
+    return _LinearFp8.apply(*_checked(*args)) if torch.is_grad_enabled() else _infer(*args)
+
+
+def _fake(*args: Any) -> Tensor:
+    x, weight = _checked(*args)[:2]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+fused = define(
+    "linear_fp8(Tensor x, Tensor weight, Tensor? bias=None, str act='none', str recipe='fp8-tensorwise',"
+    " Tensor? scale=None, Tensor(a!)? amax=None) -> Tensor",
+    _infer,
+    _fake,
+    autograd=_differentiable,
+)
+
+
+def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
+    return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
