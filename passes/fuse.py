@@ -18,11 +18,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from fusekit.kernels import OPS
 from fusekit.kernels.op import Op
 from fusekit.passes.canonicalise import bodies, location
+from fusekit.passes.fp8_sites import is_layer, why_kept
 from fusekit.passes.normalise import is_mutation, is_view, memory, same_meta, same_shape, writes
 from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, New, Rule
 from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
-from fusekit.passes.rules import RULES
+from fusekit.passes.rules import RULES, fp8
 from fusekit.passes.search import find
 from fusekit.passes.spelling import spell, value_of
 
@@ -64,19 +65,23 @@ class _Fuser:
 
     def rules(self) -> list[Rule]:
         wanted, disabled = self.region.settings.fuse, self.region.config.disable
+        recipe = self.region.settings.recipe
         active = [
             rule
             for rule in RULES
             if rule.op in OPS
-            and (wanted is None or rule.op in wanted)
+            and (recipe is not None if rule.op == "linear_fp8" else wanted is None or rule.op in wanted)
             and not {rule.op, rule.source} & disabled
         ]
-        return sorted(
-            active, key=lambda rule: -rule.traced.size
-        )  # sorted() keeps equals in the order of RULES
+        # sorted() keeps equals in the order of RULES. FP8 comes first: what it takes no chain can join.
+        return sorted(active, key=lambda rule: (rule.op != "linear_fp8", -rule.traced.size))
 
     def try_rule(self, rule: Rule, root: fx.Node) -> None:
         found = find(rule.traced, root)
+        if rule.op == "linear_fp8":
+            if isinstance(found, Match) and is_layer(found):
+                self.try_fp8(found)
+            return
         if isinstance(found, Match):
             reason = self.apply(found)
             if reason is None:
@@ -87,6 +92,15 @@ class _Fuser:
         best = self.misses.get((rule.op, root))
         if best is None or (found.complete, found.progress) > (best.complete, best.progress):
             self.misses[rule.op, root] = found
+
+    def try_fp8(self, match: Match) -> None:
+        """A layer to FP8; that it stays is told once, by the row without an activation."""
+        settings = self.region.settings
+        assert settings.recipe is not None
+        match.arguments["recipe"] = settings.recipe.token()
+        reason = why_kept(match, settings) or self.apply(match)
+        if reason is not None and match.rule is fp8.BARE:
+            self.region.refuse("linear_fp8", _location(match), f"stays in high precision: {reason}")
 
     def apply(self, match: Match) -> str | None:
         """Rewrite one match; or leave the graph as it was and say why."""

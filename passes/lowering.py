@@ -22,12 +22,12 @@ from fusekit.passes.canonicalise import call_checkpoint
 from fusekit.passes.dtype_policy import (
     Policy,
     masks_scores,
-    mutates,
     overflows,
     policy_of,
     saturate,
     takes_dtype,
 )
+from fusekit.passes.normalise import is_mutation
 from fusekit.passes.propagate import dtype_of, faking, propagate
 
 aten = torch.ops.aten
@@ -104,13 +104,13 @@ class Lowering:
         policy = Policy.FLOAT32 if _full_precision(node) else policy_of(node, self.low)
         if node.target is call_checkpoint:
             self._lower_checkpoint(node)
-        elif mutates(node):
+        elif is_mutation(node):
             self._match_destination(node, policy)
             self._casts.clear()  # a copy made before the write is stale after it
             self._update(node)
         elif policy is Policy.LOW and self._is_emulated(node):
             self._widen(node)
-        elif policy in (Policy.LOW, Policy.NORM, Policy.ROPE):
+        elif policy in (Policy.LOW, Policy.NORM, Policy.FIRST):
             leading = node.args[: 2 if policy is Policy.NORM else 1]
             self._bring_down(node, self._low_inputs(node) if policy is Policy.LOW else _nodes(leading))
             self._update(node)
@@ -230,7 +230,7 @@ class Lowering:
     def _is_parameter(self, source: fx.Node) -> bool:
         """A parameter, or a view of one that needs nothing else."""
         while source not in self.parameters:
-            if source.op != "call_function" or len(source.all_input_nodes) != 1 or mutates(source):
+            if source.op != "call_function" or len(source.all_input_nodes) != 1 or is_mutation(source):
                 return False
             if policy_of(source, self.low) is not Policy.MOVE or _is_random(source):
                 return False
