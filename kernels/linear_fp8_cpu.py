@@ -15,9 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from fusekit.kernels import linear_cpu
+from fusekit.kernels import fp8_cpu, linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.fp8_format import amax_of, dequantise, group_of, quantise
+from fusekit.kernels.fp8_format import group_of
 from fusekit.kernels.recipe import Recipe
 
 X, WEIGHT, GRADIENT = range(3)
@@ -37,16 +37,16 @@ def through_fp8(
 ) -> Tensor:  # fmt: skip
     """Q(x) for the product that contracts x's last dimension, or its first where `transposed`; x's shape."""
     code = recipe.gradient if which == GRADIENT else recipe.forward
-    seen = x.t() if transposed else x
-    group = group_of(recipe, (seen.shape[0], seen.shape[1]), weight=which == WEIGHT)
-    own = None
-    if recipe.delayed and scale is not None:
-        own = scale[which]
-        if amax is not None and x.numel():
-            largest = amax_of(x, (x.shape[0], x.shape[1])).reshape(())
-            torch.maximum(amax[which], largest, out=amax[which])
-    values = dequantise(quantise(seen, code, group, recipe.power_of_two, own), group, torch.float32).to(dtype)
-    return values.t() if transposed else values
+    rows, columns = (int(size) for size in x.shape)
+    if transposed:
+        columns, rows = group_of(recipe, (columns, rows), weight=which == WEIGHT)
+    else:
+        rows, columns = group_of(recipe, (rows, columns), weight=which == WEIGHT)
+    own = scale[which] if recipe.delayed and scale is not None else None
+    values, largest = fp8_cpu.through_fp8(x, code, (rows, columns), dtype, recipe.power_of_two, own)
+    if own is not None and amax is not None and x.numel():
+        torch.maximum(amax[which], largest.reshape(()), out=amax[which])
+    return values
 
 
 def product(a: Tensor, b: Tensor, output: Tensor, recipe: Recipe) -> None:
