@@ -121,8 +121,8 @@ def _precision(precision: Any) -> tuple[str, Recipe | None]:
         return _choice("precision", precision, [*PRECISIONS, *PRESETS], _SYNONYMS), None
     if recipe.delayed:
         raise ValueError(
-            "precision: a recipe with delayed=True needs the largest values of earlier steps, which optimize does "
-            "not keep; use delayed=False, which reads each tensor's own"
+            "precision: a recipe with delayed=True needs the largest values of earlier steps, which "
+            "optimize does not keep; use delayed=False, which reads each tensor's own"
         )
     return "fp8", recipe
 

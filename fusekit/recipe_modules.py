@@ -36,6 +36,6 @@ def _edge_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
             edges = sorted({*range(len(blocks))[:count], *range(len(blocks))[-count:]})
             return tuple(f"{prefix}{i}" for i in edges)
     raise ValueError(
-        f"Recipe: edge_blocks={count}, but this {type(model).__name__} has no list of blocks of one kind; name "
-        f"what stays with keep=(...)"
+        f"Recipe: edge_blocks={count}, but this {type(model).__name__} has no list of blocks of one kind; "
+        f"name what stays with keep=(...)"
     )

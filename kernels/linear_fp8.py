@@ -29,7 +29,7 @@ from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_format import dequantise, group_of, quantise
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.linear_act import _optional_rows, _rows, _stores_z
-from fusekit.kernels.op import not_runnable
+from fusekit.kernels.op import Op, not_runnable
 from fusekit.kernels.recipe import Recipe
 
 
@@ -325,3 +325,13 @@ fused = define(
 
 def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
     return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
+
+
+OP = Op(
+    fused=fused,
+    reference=reference,
+    samples=lambda device, dtype: (),
+    supports=supports,
+    flops=flops,
+    inherent="grad",
+)

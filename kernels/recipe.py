@@ -45,8 +45,8 @@ class Recipe:
     power_of_two: scales are powers of two, so scaling rounds nothing.
     head: the layer whose result is the model's output or goes to the loss is cast as well.
     edge_blocks: so many first and last blocks of the model stay in high precision.
-    keep: modules that stay, by name or pattern ("blocks.*.attention"). These three are about a model and are no
-        part of the token.
+    keep: modules that stay, by name or pattern ("blocks.*.attention"). These three are about a model and
+        are no part of the token.
     """
 
     forward: torch.dtype = torch.float8_e4m3fn

@@ -97,7 +97,7 @@ def roofline(flops: int, moved: int, value: Any, tf32: bool = False) -> Cost:
 
 
 def emulates_fp8(value: Any) -> bool:
-    """Whether the device of a value has no FP8 products: then FP8 costs time, and was asked for all the same."""
+    """Whether a value's device has no FP8 products: then FP8 costs time, and was asked for all the same."""
     if not on_gpu(tensors_of(value)[0]):
         return True
     return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
@@ -123,8 +123,8 @@ def why_fp8_does_not_pay(M: int, N: int, K: int, value: Any) -> str | None:
     if low >= FP8_LEAST_GAIN * fp8:
         return None
     return (
-        f"{M} x {K} x {N} would take {fp8 * 1e6:.0f} µs in FP8, casts included, and takes {low * 1e6:.0f} µs in "
-        f"bf16, forward and backward on {device_of(value).name}, as estimated"
+        f"{M} x {K} x {N} would take {fp8 * 1e6:.0f} µs in FP8, casts included, and takes {low * 1e6:.0f} µs "
+        f"in bf16, forward and backward on {device_of(value).name}, as estimated"
     )
 
 

@@ -1,9 +1,8 @@
 """Which linear layers run in FP8 under a recipe, and why the others stay in high precision.
 
-Read off the graph, never off a class: a head is what leads to the output or the loss and nowhere else, a router
-what leads to a choice of the largest. What is kept costs little and hurts most: logits, gates and norms decide,
-and FP8's 3 bits of mantissa move decisions (DeepSeek-V3, arXiv:2412.19437, section 3.3; Megatron's
-first_last_layers_bf16).
+Read off the graph, never off a class: a head is what leads to the output or the loss and nowhere else, a
+router what leads to a choice of the largest. What is kept costs little and hurts most: logits and gates decide,
+and FP8's 3 bits of mantissa move decisions (DeepSeek-V3, arXiv:2412.19437, section 3.3).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def why_kept(match: Match, settings: Settings) -> str | None:
     if pattern := next((p for p in settings.keep if _is_inside(name, p)), None):
         return f"the recipe keeps {pattern} in high precision"
     if not recipe.head and _ends_in_output_or_loss(match.root):
-        return "an output layer: its result goes to the model's output or loss alone (Recipe(head=True) casts it)"
+        return "an output layer: only the model's output or loss reads it (Recipe(head=True) casts it)"
     if _leads_to_choice(match.root):
         return "a router: which values are largest is read from its result"
     x, weight = value_of(match.arguments["x"]), match.arguments["weight"]
@@ -83,7 +82,7 @@ def _weight_shape(weight: Any) -> tuple[int, int]:
 
 
 def _ends_in_output_or_loss(node: fx.Node) -> bool:
-    """Every reader leads to the graph's output or a loss, through nothing that has a second tensor operand."""
+    """Every reader leads to the graph's output or a loss, and takes no second tensor on the way."""
     return bool(node.users) and all(_ends(user, node) for user in node.users)
 
 

@@ -2,9 +2,9 @@
 
     y = act(x @ weight.T + bias)
 
-They are tried before all others, and only under a recipe: what `fp8_sites` keeps in high precision is left to
-the other rows. An mlp becomes two sites and a gated_mlp three, since FP8 needs the largest value of the hidden
-features before it can cast any of them.
+They are tried before all others, and only under a recipe: what `fp8_sites` keeps in high precision is left
+to the other rows. An mlp becomes two sites and a gated_mlp three, since FP8 needs the largest value of the
+hidden features before it can cast any of them.
 """
 
 from __future__ import annotations
@@ -25,4 +25,7 @@ def _row(function: Callable[..., Tensor], source: str, act: str) -> Rule:
 
 
 BARE = _row(lambda x, weight, bias: F.linear(x, weight, bias), "FP8 linear", "none")
-RULES = [*(_row(activated(function), f"FP8 linear, {source}", act) for act, source, function in ACTIVATIONS), BARE]
+RULES = [
+    *(_row(activated(function), f"FP8 linear, {source}", act) for act, source, function in ACTIVATIONS),
+    BARE,
+]
