@@ -38,7 +38,7 @@ from fusekit.trainer import Trainer
 
 FILE = RESULTS / "precision_quality.json"
 BASELINE = "bf16"
-SIZES = {"vocab": 1024, "context": 128, "layers": 3, "heads": 4, "width": 96}
+SIZES: dict[str, Any] = {"vocab": 1024, "context": 128, "layers": 3, "heads": 4, "width": 96}
 STEPS, SEEDS = 250, 6
 # Student's t at 97.5 % and 95 %, by degrees of freedom.
 T = {
@@ -99,7 +99,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table: recipe, seeds, gap with its interval, upper bound, steps that were lost."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, values in gaps(results["runs"]).items():
         mean, half, upper = interval(values)
         spread = f"{statistics.stdev(values):.2%}" if len(values) > 1 else ""
@@ -110,7 +110,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def plot(results: dict[str, Any], out: Path) -> None:
-    """Every seed's gap, and the mean with its interval, beside the results file; nothing without matplotlib."""
+    """Every seed's gap, and the mean with its interval, beside the results file; none without matplotlib."""
     found = gaps(results["runs"])
     if _pyplot() is None or not found:
         return

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,7 +123,7 @@ class Recipe:
                 f"{token!r} is no FP8 recipe: give a preset ({', '.join(PRESETS)}) or a token such as "
                 f"{Recipe().token()!r}"
             ) from None
-        chosen = {name: letter in products for letter, name in _LETTERS.items()}
+        chosen: dict[str, Any] = {name: letter in products for letter, name in _LETTERS.items()}
         return Recipe(
             forward=dtypes[0], gradient=dtypes[1], scaling=scaling, delayed=history == "delayed",
             accumulation=accumulation, power_of_two=scales == "p2", **chosen,

@@ -22,7 +22,8 @@ class Policy(Enum):
 
     LOW = auto()  # a matmul: every float32 input is cast down
     NORM = auto()  # a fused norm: x and residual low, weights float32, statistics float32 inside
-    FIRST = auto()  # x low, the rest as it comes: RoPE's tables, the master weights that FP8 casts itself
+    ROPE = auto()  # x low, the tables as they come: an angle's cosine is not rounded for x's sake
+    FP8 = auto()  # x and bias low, the weight as it comes: the op casts its master, and no copy of it is made
     FLOW = auto()  # elementwise: low as soon as one input is low, unless a float32 result takes part
     MOVE = auto()  # data movement: whatever comes in
     CAST = auto()  # a dtype the user wrote: it keeps its meaning
@@ -99,8 +100,10 @@ def takes_dtype(target: Any) -> bool:
 def _fusekit_policy(name: str) -> Policy:
     if name in ("attention", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp"):
         return Policy.LOW
-    if name.endswith("rope") or name == "linear_fp8":
-        return Policy.FIRST
+    if name.endswith("rope"):
+        return Policy.ROPE
+    if name == "linear_fp8":
+        return Policy.FP8
     return Policy.NORM if name.endswith("_norm") else Policy.FLOAT32
 
 

@@ -1,28 +1,26 @@
 """Which linear layers run in FP8 under a recipe, and why the others stay in high precision.
 
-Read off the graph, never off a class: a head is what leads to the output or the loss and nowhere else, a
-router what leads to a choice of the largest. What is kept costs little and hurts most: logits and gates decide,
-and FP8's 3 bits of mantissa move decisions (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+Read off the graph, never off a class: an output layer is one that no other layer follows, a
+router what leads to a choice of the largest. What is kept costs little and hurts most: logits and gates
+decide, and FP8's 3 bits of mantissa move decisions (DeepSeek-V3, arXiv:2412.19437, section 3.3).
 """
 
 from __future__ import annotations
 
 import fnmatch
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from fusekit.passes import cost
-from fusekit.passes.dtype_policy import Policy, policy_of
 from fusekit.passes.pattern import Match, New
 from fusekit.passes.region import Settings
 from fusekit.passes.spelling import spell, value_of
 
 _PRODUCTS = frozenset({"linear", "addmm", "matmul", "baddbmm", "sdpa", "convolution"})
 _CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "multinomial", "one_hot"})
-_LOSSES = ("loss", "softmax", "kl_div", "logsumexp")
-_ENDS_QUIETLY = (Policy.FLOW, Policy.MOVE, Policy.CAST)
 
 
 def is_layer(match: Match) -> bool:
@@ -37,8 +35,11 @@ def is_layer(match: Match) -> bool:
     return node.op == "get_attr" or bool(node.meta.get("parameter")) or "parameters" in node.name
 
 
-def why_kept(match: Match, settings: Settings) -> str | None:
-    """Why this layer stays in high precision, as a sentence; None: it runs in FP8."""
+def why_kept(match: Match, settings: Settings, *, in_checkpoint: bool = False) -> str | None:
+    """Why this layer stays in high precision, as a sentence; None: it runs in FP8.
+
+    in_checkpoint: the graph is a checkpoint's body, whose output is not the model's.
+    """
     recipe = settings.recipe
     assert recipe is not None
     name = module_name(match, settings)
@@ -46,10 +47,10 @@ def why_kept(match: Match, settings: Settings) -> str | None:
         return "autocast(enabled=False) around it keeps it in float32"
     if pattern := next((p for p in settings.keep if _is_inside(name, p)), None):
         return f"the recipe keeps {pattern} in high precision"
-    if not recipe.head and _ends_in_output_or_loss(match.root):
-        return "an output layer: only the model's output or loss reads it (Recipe(head=True) casts it)"
     if _leads_to_choice(match.root):
         return "a router: which values are largest is read from its result"
+    if not (recipe.head or in_checkpoint) and _is_output_layer(match.root):
+        return "an output layer: no other layer reads its result (Recipe(head=True) casts it)"
     x, weight = value_of(match.arguments["x"]), match.arguments["weight"]
     N, K = _weight_shape(weight)
     return cost.why_fp8_does_not_pay(cost.size(x) // max(K, 1), N, K, x)
@@ -81,18 +82,39 @@ def _weight_shape(weight: Any) -> tuple[int, int]:
     return cost.hint(N), cost.hint(K)
 
 
-def _ends_in_output_or_loss(node: fx.Node) -> bool:
-    """Every reader leads to the graph's output or a loss, and takes no second tensor on the way."""
-    return bool(node.users) and all(_ends(user, node) for user in node.users)
+def _is_output_layer(node: fx.Node) -> bool:
+    """No other layer follows, and what meets the result on its way is given: targets, constants."""
+    after, pending = {node}, [node]
+    while pending:
+        for reader in pending.pop().users:
+            if _is_layer_like(reader):
+                return False
+            if reader not in after:
+                after.add(reader)
+                pending.append(reader)
+    others = {n for reader in after - {node} for n in reader.all_input_nodes} - after
+    return len(after) > 1 and all(map(_is_given, others))
 
 
-def _ends(reader: fx.Node, source: fx.Node) -> bool:
-    name = spell(reader).name
-    if reader.op == "output" or any(word in name for word in _LOSSES):
-        return True
-    if policy_of(reader, torch.bfloat16) not in _ENDS_QUIETLY or name in _PRODUCTS:
+def _is_given(node: fx.Node) -> bool:
+    """Whether no layer is behind a value."""
+    seen, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        if _is_layer_like(current):
+            return False
+        pending += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(current.all_input_nodes)
+    return True
+
+
+def _is_layer_like(node: fx.Node) -> bool:
+    """A product, a norm, a fused site, or a call that may hold one."""
+    if node.op != "call_function" or node.target is operator.getitem:
         return False
-    return set(reader.all_input_nodes) == {source} and _ends_in_output_or_loss(reader)
+    unknown = not isinstance(node.target, torch._ops.OpOverload)
+    name = "" if unknown else spell(node).name
+    return unknown or "fusion" in node.meta or name in _PRODUCTS or "norm" in name
 
 
 def _leads_to_choice(node: fx.Node) -> bool:
@@ -103,12 +125,8 @@ def _leads_to_choice(node: fx.Node) -> bool:
             name = spell(reader).name
             if name in _CHOICES:
                 return True
-            if reader in seen or reader.op == "output" or name in _PRODUCTS or _is_fused(reader):
+            if reader in seen or reader.op == "output" or _is_layer_like(reader):
                 continue
             seen.add(reader)
             pending.append(reader)
     return False
-
-
-def _is_fused(node: fx.Node) -> bool:
-    return "fusion" in node.meta

@@ -98,7 +98,8 @@ class _Fuser:
         settings = self.region.settings
         assert settings.recipe is not None
         match.arguments["recipe"] = settings.recipe.token()
-        reason = why_kept(match, settings) or self.apply(match)
+        in_checkpoint = self.module is not self.region.module
+        reason = why_kept(match, settings, in_checkpoint=in_checkpoint) or self.apply(match)
         if reason is not None and match.rule is fp8.BARE:
             self.region.refuse("linear_fp8", _location(match), f"stays in high precision: {reason}")
 

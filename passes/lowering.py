@@ -32,6 +32,9 @@ from fusekit.passes.propagate import dtype_of, faking, propagate
 
 aten = torch.ops.aten
 _VIEWS = (aten.reshape, aten.view)
+_LOWERED: dict[Policy, tuple[int, ...]] = {  # positions; of a matmul all that it multiplies
+    Policy.LOW: (), Policy.NORM: (0, 1), Policy.ROPE: (0,), Policy.FP8: (0, 2),
+}  # fmt: skip
 _PARAMETERS = {  # of ops whose products a CPU may widen: the position of the last one; x comes before them
     torch.ops.fusekit.linear_act.default: 2,
     torch.ops.fusekit.linear_cross_entropy.default: 2,
@@ -110,9 +113,9 @@ class Lowering:
             self._update(node)
         elif policy is Policy.LOW and self._is_emulated(node):
             self._widen(node)
-        elif policy in (Policy.LOW, Policy.NORM, Policy.FIRST):
-            leading = node.args[: 2 if policy is Policy.NORM else 1]
-            self._bring_down(node, self._low_inputs(node) if policy is Policy.LOW else _nodes(leading))
+        elif policy in _LOWERED:
+            lowered = [node.args[i] for i in _LOWERED[policy]]
+            self._bring_down(node, _nodes(lowered) or self._low_inputs(node))
             self._update(node)
         elif policy is Policy.FLOAT32:
             self._bring_up(node)  # inputs as captured, so the value is as well
