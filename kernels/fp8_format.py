@@ -29,7 +29,7 @@ TOP_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # largest = 1.75
 LARGEST_SCALE = 2.0**100
 MX_GROUP, BLOCK_GROUP = 32, 128
 
-_EXPONENT, _MANTISSA, _INFINITY = 0x7F800000, 0x007FFFFF, 0x7F800000
+_MANTISSA = 0x007FFFFF
 _THREE_QUARTERS = 0x00600000  # the mantissa of 1.75
 
 
@@ -66,10 +66,11 @@ def scale_of(amax: Tensor, dtype: torch.dtype, power_of_two: bool = True) -> Ten
     """The float32 scale that multiplies a group before the cast; 1 where amax is 0 or not finite."""
     if power_of_two:
         bits = amax.clamp(min=LARGEST[dtype] / LARGEST_SCALE).view(torch.int32)
-        exponent = (bits & _EXPONENT) + (((bits & _MANTISSA) > _THREE_QUARTERS).int() << 23)
-        scale = (((254 + TOP_EXPONENT[dtype]) << 23) - exponent).view(torch.float32)
+        exponent = (bits >> 23) + ((bits & _MANTISSA) > _THREE_QUARTERS).int()
+        scale = ((254 + TOP_EXPONENT[dtype] - exponent) << 23).view(torch.float32)
     else:
-        scale = (LARGEST[dtype] / amax).clamp(max=LARGEST_SCALE)
+        # A number over a tensor is number * reciprocal in torch: two roundings.
+        scale = torch.full_like(amax, LARGEST[dtype]).div(amax).clamp(max=LARGEST_SCALE)
     return torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
 
 

@@ -19,18 +19,22 @@ amax as the first made it. Histories move once a step: fp8_history.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusekit.kernels import linear_fp8_cpu
+from fusekit.kernels import linear_fp8_cpu, linear_fp8_gpu
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.fp8_format import dequantise, group_of, quantise
+from fusekit.kernels.fp8_cast import empty_operand
+from fusekit.kernels.fp8_format import Operand, dequantise, group_of, quantise
+from fusekit.kernels.launch import on_gpu, recording
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.linear_act import _optional_rows, _rows, _stores_z
-from fusekit.kernels.op import Op, not_runnable
-from fusekit.kernels.recipe import Recipe
+from fusekit.kernels.op import Op, Sample, not_runnable
+from fusekit.kernels.recipe import PRESETS, Recipe
 
 
 def _round_trip(x: Tensor, recipe: Recipe, which: int, scale: Tensor | None, transposed: bool) -> Tensor:
@@ -82,6 +86,14 @@ def reference(
     return ACTIVATIONS[act].reference(z).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
+def _empty_saved(x: Tensor, dtype: torch.dtype, recipe: Recipe, weight: bool) -> tuple[Tensor, Tensor]:
+    """On a GPU the codes and inverse scales of x's transpose; on a CPU x behind Q, which has no scales."""
+    if on_gpu(x):
+        return empty_operand(x, recipe, weight, True)
+    kept = x.new_empty(x.shape, dtype=linear_fp8_cpu.operand_dtype(dtype, recipe))
+    return kept, x.new_empty((0,), dtype=torch.float32)
+
+
 def _empty_forward(
     x: Tensor,
     weight: Tensor,
@@ -96,12 +108,11 @@ def _empty_forward(
     chosen = Recipe.parse(recipe)
     shape = (*x.shape[:-1], weight.shape[0])
     stores = saves[2] and _stores_z(act, None)
-    dtype = linear_fp8_cpu.operand_dtype(x.dtype, chosen)
     x_saved, x_inverse, w_saved, w_inverse = (x.new_empty((0,), dtype=torch.float32) for _ in range(4))
     if saves[0] and chosen.grad_weight:
-        x_saved = x.new_empty((math.prod(x.shape[:-1]), x.shape[-1]), dtype=dtype)
+        x_saved, x_inverse = _empty_saved(_rows(x), x.dtype, chosen, False)
     if saves[1] and chosen.grad_input:
-        w_saved = weight.new_empty(weight.shape, dtype=dtype)
+        w_saved, w_inverse = _empty_saved(weight, x.dtype, chosen, True)
     return x.new_empty(shape), x.new_empty(shape if stores else (0,)), x_saved, x_inverse, w_saved, w_inverse
 
 
@@ -116,12 +127,18 @@ def _forward(
     saves: list[bool],
 ) -> tuple[Tensor, ...]:
     results = _empty_forward(x, weight, bias, act, recipe, scale, amax, saves)
-    y, z, x_saved, _, w_saved, _ = results
-    linear_fp8_cpu.forward(
-        _rows(x), weight, bias, act, Recipe.parse(recipe), scale, amax,
-        _rows(y), _rows(z) if z.numel() else None,
-        x_saved if x_saved.dim() == 2 else None, w_saved if w_saved.dim() == 2 else None,
-    )  # fmt: skip
+    y, z, x_saved, x_inverse, w_saved, w_inverse = results
+    arguments = (_rows(x), weight, bias, act, Recipe.parse(recipe), scale, amax)
+    outputs = (_rows(y), _rows(z) if z.dim() == y.dim() and z.numel() else None)
+    keeps = [kept.dim() == 2 for kept in (x_saved, w_saved)]
+    if not on_gpu(x):
+        saved = (kept if keep else None for kept, keep in zip((x_saved, w_saved), keeps, strict=True))
+        linear_fp8_cpu.forward(*arguments, *outputs, *saved)
+    elif x.numel() or recording():
+        held = (Operand(x_saved, x_inverse), Operand(w_saved, w_inverse))
+        linear_fp8_gpu.forward(
+            *arguments, *outputs, *(h if k else None for h, k in zip(held, keeps, strict=True))
+        )
     return results
 
 
@@ -170,10 +187,14 @@ def _backward(
         bias_dtype, needs,
     )  # fmt: skip
     grad_input, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    linear_fp8_cpu.backward(
-        _rows(grad_output), x, weight, _optional_rows(z), act, Recipe.parse(recipe), scale, amax,
-        _optional_rows(grad_input), grad_weight, grad_bias,
+    rest = (
+        _optional_rows(z), act, Recipe.parse(recipe), scale, amax, _optional_rows(grad_input), grad_weight,
+        grad_bias,
     )  # fmt: skip
+    if on_gpu(grad_output):
+        linear_fp8_gpu.backward(_rows(grad_output), _rows(x), x_inverse, weight, w_inverse, *rest)
+    else:
+        linear_fp8_cpu.backward(_rows(grad_output), _rows(x), weight, *rest)
     return grads
 
 
@@ -268,7 +289,7 @@ def supports(
         return (
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in input features; weight is (N, K)"
         )
-    if N % MULTIPLE or K % MULTIPLE:
+    if not N or not K or N % MULTIPLE or K % MULTIPLE:
         return f"weight {tuple(weight.shape)} has a dimension that {MULTIPLE} does not divide; FP8 needs that"
     if bias is not None and tuple(bias.shape) != (N,):
         return f"bias {tuple(bias.shape)} is not ({N},), one value per output feature"
@@ -327,11 +348,29 @@ def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
     return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
 
 
-OP = Op(
-    fused=fused,
-    reference=reference,
-    samples=lambda device, dtype: (),
-    supports=supports,
-    flops=flops,
-    inherent="grad",
-)
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Small: every preset, activations, layouts. bench: the first linear of a GPT block, every preset."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype).requires_grad_()
+
+    for name in PRESETS:
+        bias = make(144) if name != "mxfp8" else None
+        yield Sample(args=(make(2, 35, 160), make(144, 160, scale=0.08), bias, "none", name), name=name)
+    delayed = replace(PRESETS["fp8-tensorwise"], delayed=True, grad_weight=False).token()
+    state = torch.tensor([64.0, 512.0, 1024.0], device=device), torch.zeros(3, device=device)
+    args = (make(70, 64), make(48, 64, scale=0.12), None, "none", delayed, *state)
+    yield Sample(args=args, name="delayed")
+    yield Sample(args=(make(70, 64), make(48, 64, scale=0.12), make(48), "gelu"), name="gelu")
+    yield Sample(args=(make(0, 5, 32), make(16, 32), None, "silu"), name="empty_batch")
+    x, weight = make(35, 2, 48), make(48, 80, scale=0.15)
+    strided, transposed = (t.detach().transpose(0, 1).requires_grad_() for t in (x, weight))
+    yield Sample(args=(strided, transposed, None, "none", "fp8-block"), name="strided_conv1d")
+    yield Sample(args=(make(32), make(16, 32), make(16)), name="vector")
+    for name in PRESETS:
+        args = (make(2048, 1024), make(4096, 1024, scale=1 / 32), None, "none", name)
+        yield Sample(args=args, name=f"2048x1024x4096_{name}", bench=True)
+
+
+OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent="grad")

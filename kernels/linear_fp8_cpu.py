@@ -3,20 +3,17 @@
 With scales that are powers of two, code / scale is a number of bfloat16: one bfloat16 product of such
 operands, with its float32 accumulator, is the FP8 product, scales of any groups included. bfloat16 layers
 take it where the processor multiplies bfloat16; everything else multiplies the same operands in float32.
-
-"exact": a float64 product whose every partial sum float64 holds, so that no order of summation can change a
-bit. Where the operands' range is too wide for that, one of them is cut in two by magnitude, and so on.
+accumulation="exact": fp8_exact.py.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from fusekit.kernels import fp8_cpu, linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
+from fusekit.kernels.fp8_exact import exact_product
 from fusekit.kernels.fp8_format import group_of
 from fusekit.kernels.recipe import Recipe
 
@@ -52,36 +49,11 @@ def through_fp8(
 def product(a: Tensor, b: Tensor, output: Tensor, recipe: Recipe) -> None:
     """output = a @ b, (M, K) and (K, N) of `through_fp8`, rounded once to output's dtype."""
     if recipe.accumulation == "exact":
-        output.copy_(exact_product(a.double(), b.double()))
+        output.copy_(exact_product(a, b))
     elif output.dtype == a.dtype:
         torch.mm(a, b, out=output)
     else:
         output.copy_(a @ b)
-
-
-def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of float64 with at most 4 significant bits an element: the same bits in any order of sums."""
-    if not (a.numel() and b.numel()):
-        return a @ b
-    spans = []
-    for t, dim in ((a, 1), (b, 0)):
-        magnitudes = t.abs()
-        smallest = torch.where(magnitudes > 0, magnitudes, torch.inf).min().item()
-        if not math.isfinite(smallest):  # zeros only, or a NaN
-            return a @ b
-        # Partial sums are bounded by the norms (Cauchy-Schwarz), and multiples of the last bits' product.
-        longest = t.norm(dim=dim).max().item()
-        spans.append((math.log2(longest) - (math.floor(math.log2(smallest)) - 3), smallest, magnitudes))
-    if not all(math.isfinite(span) for span, _, _ in spans) or sum(span for span, _, _ in spans) < 53:
-        return a @ b
-    wider = int(spans[1][0] > spans[0][0])
-    _, smallest, magnitudes = spans[wider]
-    threshold = 2.0 ** ((math.log2(smallest) + math.log2(magnitudes.max().item())) / 2)
-    whole = (a, b)[wider]
-    large = torch.where(magnitudes >= threshold, whole, 0.0)
-    small = whole - large
-    parts = [(part, b) if wider == 0 else (a, part) for part in (large, small)]
-    return exact_product(*parts[0]) + exact_product(*parts[1])
 
 
 def forward(
@@ -120,7 +92,7 @@ def forward(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if recipe.output and recipe.accumulation == "exact":
-        wide = exact_product(x.double(), weight.double().t())
+        wide = exact_product(x, weight.t())
         wide = wide if bias is None else wide + bias
         for target, value in ((z, wide), (y, ACTIVATIONS[act].reference(wide))):
             if target is not None:
@@ -155,7 +127,6 @@ def backward(
         else:
             torch.mm(dz, weight.to(dz.dtype), out=grad_input)
     if grad_weight is not None:
-        x = x.reshape(-1, x.shape[-1])
         if recipe.grad_weight:
             if rounded is None or recipe.scaling != "tensor":
                 rounded = through_fp8(dz, recipe, GRADIENT, True, scale, amax, dtype)
