@@ -27,6 +27,9 @@ if __name__ == "fusekit.kernels":
         "rms_norm_rope": rms_norm_rope.OP,
         "rope": rope.OP,
     }
+    # Apart: rounding to FP8 is piecewise constant, so no derivative of a reference is the gradient, and what
+    # they are judged by is in tests/test_linear_fp8.py. Rules never choose them, the precision pass does.
+    FP8_OPS: dict[str, Op] = {"linear_fp8": linear_fp8.OP}
 else:
     # Python started in a checkout finds this folder under the name of a Hugging Face package, for which
     # transformers probes. The probe must come back with "nothing usable"; anything more is refused.

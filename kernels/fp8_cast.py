@@ -28,7 +28,7 @@ from fusekit.kernels.launch import launch, recorded_target, recording
 from fusekit.kernels.recipe import LARGEST, Recipe
 
 TILE = 128
-WARPS = 8
+WARPS = 16  # with 8, both layouts of float32 rows take 128 registers and spill
 
 _ONE = tl.constexpr(127)  # the exponent field of 1
 
@@ -234,7 +234,8 @@ def cast(
         x: (M, K), any strides.
         dtype: of the codes.
         plain, transposed: of `empty_operand`. With one scale a tensor, transposed.inverse is plain's too.
-        scale, amax: one float32 element each, of delayed scaling: used, and raised to x's largest magnitude.
+        scale: one float32 element, of delayed scaling.
+        amax: one float32 element that is raised to x's largest magnitude, where one scale serves a tensor.
         hardware: whether the processor casts; by default where its cast is exact.
     """
     M, K = x.shape
@@ -259,6 +260,9 @@ def cast(
         launch(amax_kernel, grid, x, *maxima, M, K, *x.stride(), ROWS=by_row, TILE=TILE, num_warps=WARPS)
     if scaling == "tensor":
         inverse = inverse if inverse is not None else inverse_t
+        if amax is not None:
+            patterns = amax.view(torch.int32)
+            torch.maximum(patterns, maxima[0], out=patterns)
     constants: dict[str, Any] = {
         "SCALING": scaling,
         "GROUP": 32 if scaling == "mx" else TILE,

@@ -3,7 +3,8 @@ r"""Product of two FP8 operands, both contiguous along the contraction: output =
 Codes and inverse scales are those of fp8_cast.py. How one step of 128 of the contraction is added:
 
     promote128   float32 registers += tensor core sum of the step: Hopper's FP8 accumulator keeps about 14
-                 bits, and what is added to it over a long contraction is cut towards zero
+                 bits, and what is added to it over a long contraction is cut towards zero. Blackwell's holds
+                 float32, and there the compiler adds in it
     fast         the step is added inside the tensor core
     block        promote128, the step's sum times the scales of its groups: costs nothing more
     decoded      codes become float16 in registers, which holds every one of them, and float16's own products
@@ -42,7 +43,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-NATIVE_TILE = Tile(128, 128, 128, 8, 3)
+# Those that compile clean with Triton 3.6 and 3.8. Two accumulators of promoted sums live in registers, so 128
+# columns are the most; with 128 of fast ones ptxas serialises wgmma, with 256 it does not. Blackwell's block
+# sums come out of tensor memory, and with 128 columns they spill 1,224 bytes.
+PROMOTED_TILE = Tile(128, 128, 128, 8, 3)
+FAST_TILE = Tile(128, 256, 128, 8, 3)
+BLACKWELL_BLOCK_TILE = Tile(128, 64, 128, 8, 3)
 DECODED_TILE = Tile(128, 128, 64, 8, 3)
 
 
@@ -126,11 +132,26 @@ def product_kernel(
     tl.store(output_ptr + offsets, output.to(output_ptr.dtype.element_ty), mask=mask)
 
 
+def _capability(x: Tensor) -> tuple[int, int]:
+    if recording():
+        return divmod(int(recorded_target().removeprefix("sm_")), 10)
+    return torch.cuda.get_device_capability(x.device)
+
+
 def multiplies_fp8(x: Tensor) -> bool:
     """Whether the tensor cores take e4m3: Ada, Hopper, Blackwell."""
-    if recording():
-        return recorded_target() != "sm_80"
-    return torch.cuda.get_device_capability(x.device) >= (8, 9)
+    return _capability(x) >= (8, 9)
+
+
+def _tile(x: Tensor, scaling: str, native: bool, fast: bool) -> Tile:
+    if not native:
+        return DECODED_TILE
+    major, minor = _capability(x)
+    if (major, minor) == (8, 9) or major == 12:  # 99 KiB of shared memory
+        return PROMOTED_TILE._replace(num_stages=2)
+    if scaling == "block":
+        return BLACKWELL_BLOCK_TILE if major == 10 else PROMOTED_TILE
+    return FAST_TILE if fast else PROMOTED_TILE
 
 
 def product(
@@ -166,7 +187,7 @@ def product(
     scaling = recipe.scaling
     if native is None:
         native = recipe.accumulation != "fp32" and scaling != "mx" and multiplies_fp8(output)
-    tile = tile or (NATIVE_TILE if native else DECODED_TILE)
+    tile = tile or _tile(output, scaling, native, fast)
     M, N, K = a.codes.shape[0], b.codes.shape[0], a.codes.shape[1]
     codes = [
         held.codes.view(dtype) if native else held.codes for held, dtype in zip((a, b), dtypes, strict=True)

@@ -11,9 +11,10 @@ Formats for Deep Learning", arXiv:2209.05433; recipes: recipe.py.
 M rows (tokens, the leading dimensions of x), N output features, K input features.
 Saved for backward: the operands of the two later products as they enter them, and z where act' needs it.
 
-Delayed scales: `scale` (3,) of x, weight and gradient is used as it is, and the largest magnitudes seen are
-maximised into `amax` (3,). That is idempotent: the second forward pass of an activation checkpoint leaves
-amax as the first made it. Histories move once a step: fp8_history.py.
+Delayed scales: `scale` (3,) of x, weight and gradient is used as it is. Where `amax` (3,) is given it is
+raised to the largest magnitudes seen, with current scales too, as before the first step. That is idempotent:
+the second forward pass of an activation checkpoint leaves it as it was. Histories move once a step:
+fp8_history.py.
 """
 
 from __future__ import annotations
@@ -301,6 +302,8 @@ def supports(
             return f"{name} is {state.dtype} {tuple(state.shape)}, not float32 (3,): x, weight, gradient"
     if chosen.delayed and scale is None:
         return "the recipe has delayed scales: give `scale`, or use delayed=False"
+    if amax is not None and chosen.scaling != "tensor":
+        return f"amax is of one group a tensor, and scaling={chosen.scaling!r} has many; leave it out"
     return not_runnable(x, weight, bias, scale, amax)
 
 
@@ -368,9 +371,15 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     strided, transposed = (t.detach().transpose(0, 1).requires_grad_() for t in (x, weight))
     yield Sample(args=(strided, transposed, None, "none", "fp8-block"), name="strided_conv1d")
     yield Sample(args=(make(32), make(16, 32), make(16)), name="vector")
-    for name in PRESETS:
-        args = (make(2048, 1024), make(4096, 1024, scale=1 / 32), None, "none", name)
+    variants = {name: recipe.token() for name, recipe in PRESETS.items()}
+    for accumulation in ("fast", "fp32"):
+        variants[accumulation] = replace(PRESETS["fp8-tensorwise"], accumulation=accumulation).token()
+    for name, token in variants.items():
+        args = (make(2048, 1024), make(4096, 1024, scale=1 / 32), None, "none", token)
         yield Sample(args=args, name=f"2048x1024x4096_{name}", bench=True)
+    delayed = replace(PRESETS["fp8-tensorwise"], delayed=True).token()
+    args = (make(2048, 1024), make(4096, 1024, scale=1 / 32), make(4096), "gelu_tanh", delayed, *state)
+    yield Sample(args=args, name="2048x1024x4096_delayed", bench=True)
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent="grad")

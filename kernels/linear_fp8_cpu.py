@@ -41,7 +41,7 @@ def through_fp8(
         rows, columns = group_of(recipe, (rows, columns), weight=which == WEIGHT)
     own = scale[which] if recipe.delayed and scale is not None else None
     values, largest = fp8_cpu.through_fp8(x, code, (rows, columns), dtype, recipe.power_of_two, own)
-    if own is not None and amax is not None and x.numel():
+    if amax is not None and x.numel():
         torch.maximum(amax[which], largest.reshape(()), out=amax[which])
     return values
 

@@ -14,10 +14,6 @@ from fusekit.kernels.recipe import Recipe
 X, WEIGHT, GRADIENT = range(3)
 
 
-def _slot(state: Tensor | None, which: int, recipe: Recipe) -> Tensor | None:
-    return state[which : which + 1] if state is not None and recipe.delayed else None
-
-
 def _cast(
     x: Tensor, recipe: Recipe, which: int, scale: Tensor | None, amax: Tensor | None,
     plain: bool, transposed: Operand | None,
@@ -27,16 +23,9 @@ def _cast(
     weight = which == WEIGHT
     operand = empty_operand(x, recipe, weight, False) if plain else None
     if operand is not None or transposed is not None:
-        slots = (_slot(state, which, recipe) for state in (scale, amax))
-        cast(
-            x,
-            dtype,
-            recipe,
-            operand,
-            transposed,
-            weight=weight,
-            **dict(zip(("scale", "amax"), slots, strict=True)),
-        )
+        own = scale[which : which + 1] if scale is not None and recipe.delayed else None
+        largest = None if amax is None else amax[which : which + 1]
+        cast(x, dtype, recipe, operand, transposed, weight=weight, scale=own, amax=largest)
     return operand
 
 

@@ -50,7 +50,9 @@ def _wrong(figures: Figures, warps: int) -> list[str]:
     if figures["advisories"]:
         wrong.append(f"wgmma is serialised ({', '.join(figures['advisories'])})")
     if not figures["tensor_cores"]:
-        wrong.append("tl.dot of 16-bit values does not use tensor cores")
+        wrong.append("tl.dot of 16-bit or FP8 values does not use tensor cores of that kind")
+    if not figures.get("promoted", True):
+        wrong.append("sums of FP8 products stay in the tensor core instead of float32 registers")
     if figures["shared"] > (limit := ARCHITECTURES[figures["arch"]].shared_per_block):
         wrong.append(f"needs {figures['shared']} bytes of shared memory, {limit} exist")
     elif not figures["blocks"]:

@@ -11,6 +11,8 @@ _COUNTED = {
     "mma": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
+    "wgmma fp8": r"\bwgmma\.mma_async\S*\.e[45]m[23]\.e[45]m[23]\b",
+    "tcgen05 fp8": r"\btcgen05\.mma\S*kind::f8f6f4",
     "ldmatrix": r"\bldmatrix\.",
     "stmatrix": r"\bstmatrix\.",
     "cp.async": r"\bcp\.async\.c[ag]\.",
@@ -18,6 +20,7 @@ _COUNTED = {
     "tma store": r"\bcp\.(?:async|reduce\.async)\.bulk\.tensor\S*\.global\.shared",
     "atomic": r"\b(?:atom|red)\.",
     "fma": r"\bfma\.rn",
+    "add": r"\badd(?:\.rn)?(?:\.f32|\.f32x2)\b",
     "mufu": r"\b(?:ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh)\.approx",
 }
 _PATTERNS = {name: re.compile(pattern) for name, pattern in _COUNTED.items()}

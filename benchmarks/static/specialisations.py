@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.static import products
-from fusekit.kernels import OPS
+from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.op import DTYPES, Op
 
@@ -27,6 +27,8 @@ POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
 }
 ALIGNMENT = 16
 ALL_TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -147,7 +149,7 @@ def collect() -> dict[str, Specialisation]:
     """Every specialisation that a sample of an op or a row of a table needs, by key."""
     found: dict[str, Specialisation] = {}
     with FakeTensorMode():
-        for op in OPS.values():
+        for op in (*OPS.values(), *FP8_OPS.values()):
             for args, bench in _calls(op):
                 for target in ALL_TARGETS:
                     with record(target) as launches:

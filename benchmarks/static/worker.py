@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.static import ptx, sass  # noqa: E402
 
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+FP8 = {90: "wgmma fp8", 100: "tcgen05 fp8"}  # names of ptx.mix
 SERIALISED = ("C7511", "C7512", "C7515")  # ptxas: "wgmma serialized", every product waits for the one before
 
 
@@ -131,13 +132,27 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         return {**found, "error": f"{type(error).__name__}: {str(error).strip()[-400:]}"}
     if target.backend == "hip":
         return {**found, **ptx.amd(compiled.asm["amdgcn"]), "products": bool(_dots(compiled.asm["ttir"]))}
+    code = read_code(compiled.asm, printed.getvalue(), job["arch"])
     return {
         **found,
-        **read_code(compiled.asm, printed.getvalue(), job["arch"]),
+        **code,
+        "promoted": _promotes(code["mix"], job),
         "shared": compiled.metadata.shared,
         "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         "loop": read_loop(compiled.asm, job["options"]["num_warps"]) if job["loop"] else None,
     }
+
+
+def _promotes(mix: dict[str, int], job: dict[str, Any]) -> bool:
+    """Whether a kernel that is to add each step's FP8 sum to float32 registers has those additions.
+
+    Asked of sm_90, whose FP8 accumulator is narrow; on sm_100 Triton adds in tensor memory, in float32.
+    """
+    constants = job["constexprs"]
+    if not constants.get("PROMOTE") or job["arch"] != 90:
+        return True
+    elements = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * job["options"]["num_warps"])
+    return mix.get("add", 0) + mix.get("fma", 0) >= elements
 
 
 def _dots(ttir: str) -> list[tuple[str, str, str]]:
@@ -167,12 +182,16 @@ def read_code(asm: dict[str, Any], log: str, arch: int) -> dict[str, Any]:
     instruction = TENSOR_CORE[arch]
     # A warpgroup multiplies 64 rows; smaller tiles use the older instruction on every architecture.
     allowed = [instruction] if wanted and min(wanted) >= 64 else [instruction, "mma.sync"]
+    mix = ptx.mix(asm["ptx"])
+    is_fp8 = any(dtype.startswith("f8") for _, _, dtype in _dots(asm["ttir"]))
     return {
         "registers": int(registers.group(1)),
         "spills": sum(spills),
         "advisories": sorted({code for code in SERIALISED if code in log}),
-        "tensor_cores": not wanted or any(name in asm["ptx"] for name in allowed),
-        "mix": ptx.mix(asm["ptx"]),
+        "tensor_cores": mix.get(FP8[arch], 0) > 0
+        if is_fp8
+        else not wanted or any(name in asm["ptx"] for name in allowed),
+        "mix": mix,
     }
 
 
