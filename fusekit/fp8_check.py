@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels import OPS
+from fusekit.kernels import FP8_OPS
 from fusekit.kernels.linear_act import reference as plain_reference
 from fusekit.kernels.parity import Verdict, check, longest_sum, results_and_grads, widen
 from fusekit.kernels.recipe import Recipe
@@ -46,7 +46,7 @@ def check_fp8(args: tuple[Any, ...], fused: Results, truth: Results) -> list[Ver
     Args:
         fused, truth: of `results_and_grads`; truth of the replaced nodes in float64.
     """
-    op, act = OPS["linear_fp8"], args[3]
+    op, act = FP8_OPS["linear_fp8"], args[3]
     recipe, dtype = Recipe.parse(args[4]), args[0].dtype
     wide = widen(args)
     defined = results_and_grads(op.reference, wide)

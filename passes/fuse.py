@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from fusekit.kernels import OPS
+from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.op import Op
 from fusekit.passes.canonicalise import bodies, location
 from fusekit.passes.fp8_sites import is_layer, why_kept
@@ -27,6 +27,7 @@ from fusekit.passes.rules import RULES, fp8
 from fusekit.passes.search import find
 from fusekit.passes.spelling import spell, value_of
 
+ALL_OPS = OPS | FP8_OPS
 SEED_RANGE = 2**62
 
 
@@ -68,17 +69,17 @@ class _Fuser:
         recipe = self.region.settings.recipe
         active = [
             rule
-            for rule in RULES
-            if rule.op in OPS
-            and (recipe is not None if rule.op == "linear_fp8" else wanted is None or rule.op in wanted)
+            for rule in (RULES if recipe is None else [*fp8.RULES, *RULES])
+            if rule.op in ALL_OPS
+            and (rule.op in FP8_OPS or wanted is None or rule.op in wanted)
             and not {rule.op, rule.source} & disabled
         ]
         # sorted() keeps equals in the order of RULES. FP8 comes first: what it takes no chain can join.
-        return sorted(active, key=lambda rule: (rule.op != "linear_fp8", -rule.traced.size))
+        return sorted(active, key=lambda rule: (rule.op not in FP8_OPS, -rule.traced.size))
 
     def try_rule(self, rule: Rule, root: fx.Node) -> None:
         found = find(rule.traced, root)
-        if rule.op == "linear_fp8":
+        if rule.op in FP8_OPS:
             if isinstance(found, Match) and is_layer(found):
                 self.try_fp8(found)
             return
@@ -107,7 +108,7 @@ class _Fuser:
         """Rewrite one match; or leave the graph as it was and say why."""
         if self.gone & {*match.nodes, *match.outputs}:
             return "part of it is fused already"
-        op = OPS[match.rule.op]
+        op = ALL_OPS[match.rule.op]
         if match.rule.finish is not None and (reason := match.rule.finish(match)):
             return reason
         before = _insertion_point(match)
@@ -161,7 +162,7 @@ class _Fuser:
             shapes=tuple(tuple(s if isinstance(s, int) else str(s) for s in t.shape) for t in tensors),
             dtype=str(next(iter(tensors)).dtype).removeprefix("torch."),
             bytes_saved=_bytes_saved(match),
-            flops=_hint(OPS[op].flops(*values.values())),
+            flops=_hint(ALL_OPS[op].flops(*values.values())),
             eager=eager,
             inputs=inputs,
         )
@@ -176,7 +177,7 @@ class _Fuser:
     ) -> None:
         with self.graph.inserting_before(before):
             made = [self.materialise(argument, match, before) for argument in arguments.values()]
-            fused = self.graph.call_function(OPS[fusion.op].fused, tuple(made))
+            fused = self.graph.call_function(ALL_OPS[fusion.op].fused, tuple(made))
             parts = [fused]
             if isinstance(results, tuple):
                 parts = [

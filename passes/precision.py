@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusekit.kernels import OPS
+from fusekit.kernels import FP8_OPS
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import emulates_fp8
 from fusekit.passes.lowering import Lowering
@@ -39,7 +39,10 @@ def place_casts(region: Region) -> None:
 
 def _report_fp8(region: Region) -> None:
     layers = [
-        n for body in bodies(region.module) for n in body.graph.nodes if n.target is OPS["linear_fp8"].fused
+        n
+        for body in bodies(region.module)
+        for n in body.graph.nodes
+        if n.target is FP8_OPS["linear_fp8"].fused
     ]
     assert region.settings.recipe is not None
     note = f"FP8 recipe {region.settings.recipe.token()}: {len(layers)} linear layers; the rest in bfloat16"

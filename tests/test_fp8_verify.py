@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fusekit
 from fusekit import site_check
 from fusekit.fp8_check import check_fp8
-from fusekit.kernels import OPS
+from fusekit.kernels import FP8_OPS
 from fusekit.kernels.linear_act import reference
 from fusekit.kernels.parity import results_and_grads, widen
 from fusekit.kernels.recipe import PRESETS
@@ -48,7 +48,7 @@ def judge(args: tuple[Any, ...], fused: dict[str, Tensor], act: str | None = Non
 @pytest.mark.parametrize("act", ["none", "gelu_tanh", "relu_squared"])
 def test_every_recipe_passes(recipe: str, act: str) -> None:
     args = arguments(act, recipe)
-    assert judge(args, results_and_grads(OPS["linear_fp8"].fused, args)) == []
+    assert judge(args, results_and_grads(FP8_OPS["linear_fp8"].fused, args)) == []
 
 
 def _without_last(results: dict[str, Tensor], args: tuple[Any, ...]) -> Tensor:
@@ -56,11 +56,11 @@ def _without_last(results: dict[str, Tensor], args: tuple[Any, ...]) -> Tensor:
     weight = args[1].detach().clone()
     weight[-1] = 0
     again = (args[0], weight.requires_grad_(), *args[2:])
-    return results_and_grads(OPS["linear_fp8"].fused, again)["grad_0"]
+    return results_and_grads(FP8_OPS["linear_fp8"].fused, again)["grad_0"]
 
 
 def _truncated(args: tuple[Any, ...]) -> Tensor:
-    exact = OPS["linear_fp8"].reference(*widen(args)).detach().float()
+    exact = FP8_OPS["linear_fp8"].reference(*widen(args)).detach().float()
     return exact.view(torch.int32).bitwise_and(-65536).view(torch.float32).bfloat16()
 
 
@@ -86,7 +86,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_bugs_are_seen(bug: str, act: str) -> None:
     args = arguments(act)
-    right = results_and_grads(OPS["linear_fp8"].fused, args)
+    right = results_and_grads(FP8_OPS["linear_fp8"].fused, args)
     wrong = BUGS[bug](right, args)
     failed = judge(args, right | wrong)
     assert failed and {name.split()[0] for name in failed} == set(wrong), failed
@@ -95,7 +95,7 @@ def test_bugs_are_seen(bug: str, act: str) -> None:
 def test_another_activation_than_the_models_is_seen() -> None:
     """erf for tanh GELU: 40 times below FP8's own rounding."""
     args = arguments("gelu_tanh")
-    failed = judge(args, results_and_grads(OPS["linear_fp8"].fused, args), act="gelu")
+    failed = judge(args, results_and_grads(FP8_OPS["linear_fp8"].fused, args), act="gelu")
     assert "output as read" in failed
 
 
@@ -103,7 +103,7 @@ def test_values_outside_the_recipes_range_are_named() -> None:
     """Rows whose scales differ by e^3: one scale for all flushes most of them; a scale a row does not."""
     for recipe, expected in (("fp8-tensorwise", {"output", "grad_1"}), ("fp8-rowwise", set())):
         args = arguments(recipe=recipe, spread=3.0)
-        failed = judge(args, results_and_grads(OPS["linear_fp8"].fused, args))
+        failed = judge(args, results_and_grads(FP8_OPS["linear_fp8"].fused, args))
         assert {name.split()[0] for name in failed} <= expected
     rows = args[0].detach().float().norm(dim=1)
     assert rows.max() / rows.min() > 1e4

@@ -1,10 +1,9 @@
 """Rules: rows of (op, pattern, source). A pattern is a plain function over the op's own arguments."""
 
 from fusekit.passes.pattern import Rule
-from fusekit.passes.rules import attention, fp8, linear, loss, mlp, norm, rope
+from fusekit.passes.rules import attention, linear, loss, mlp, norm, rope
 
 # Of equal size, the earlier row goes first: a sum joins the norm after it before the linear ahead of it.
 RULES: list[Rule] = [
     *attention.RULES, *mlp.RULES, *norm.RULES, *rope.RULES, *loss.RULES, *linear.RULES,
-    *fp8.RULES,
 ]  # fmt: skip
