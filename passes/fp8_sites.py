@@ -1,8 +1,8 @@
 """Which linear layers run in FP8 under a recipe, and why the others stay in high precision.
 
-Read off the graph, never off a class: an output layer is one that no other layer follows, a
-router what leads to a choice of the largest. What is kept costs little and hurts most: logits and gates
-decide, and FP8's 3 bits of mantissa move decisions (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+Read off the graph, never off a class: an output layer is one that no other layer follows, a router what
+leads to a choice of the largest. What is kept costs little and hurts most: logits and gates decide, and
+FP8's 3 bits of mantissa move decisions (DeepSeek-V3, arXiv:2412.19437, section 3.3).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fusekit.passes import cost
 from fusekit.passes.pattern import Match, New
@@ -83,7 +83,7 @@ def _weight_shape(weight: Any) -> tuple[int, int]:
 
 
 def _is_output_layer(node: fx.Node) -> bool:
-    """No other layer follows, and what meets the result on its way is given: targets, constants."""
+    """No other layer follows, and what meets the result on its way is given or a number: targets, losses."""
     after, pending = {node}, [node]
     while pending:
         for reader in pending.pop().users:
@@ -93,7 +93,13 @@ def _is_output_layer(node: fx.Node) -> bool:
                 after.add(reader)
                 pending.append(reader)
     others = {n for reader in after - {node} for n in reader.all_input_nodes} - after
-    return len(after) > 1 and all(map(_is_given, others))
+    return len(after) > 1 and all(_is_number(n) or _is_given(n) for n in others)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Another head's loss, an auxiliary loss: what adds to a loss, and is no residual stream."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _is_given(node: fx.Node) -> bool:

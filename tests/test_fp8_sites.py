@@ -137,6 +137,28 @@ def test_a_router_stays() -> None:
     assert sorted(reason.split(":")[1].strip() for reason in kept(model)) == ["a router", "an output layer"]
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.policy, self.value = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        h = torch.relu(self.body(x))
+        return F.cross_entropy(self.policy(h), targets) + (self.value(h) - x[:, :16]).square().mean()
+
+
+def test_every_head_of_a_sum_of_losses_stays_and_batches_may_vary() -> None:
+    model = TwoHeads()
+    fusekit.optimize(model, precision="fp8")
+    for rows in (5, 6, 7):
+        loss = model(torch.randn(rows, 32), torch.randint(16, (rows,)))
+        loss.backward()
+        assert loss.isfinite()
+    graphs = fusekit.explain(model).graphs
+    assert graphs == 2  # the second is for every size
+    assert len(layers(model)) == graphs and len(kept(model)) == 2 * graphs
+
+
 def test_sizes_that_fp8_cannot_take_stay_with_the_reason_and_fuse_in_bf16() -> None:
     model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 32), nn.Tanh(), nn.Linear(32, 16))
     y = run(model, torch.randn(6, 24), strict=True)
