@@ -218,7 +218,7 @@ def quality() -> str:
         f"CPython's documentation; validation loss against bf16 of the same seed and batches, mean with "
         f"Student's 95 % interval ({where}):\n\n"
     )
-    headings = ("recipe", "seeds", "gap to bf16", "between seeds", "one-sided 95 % bound")
+    headings = ("recipe", "seeds", "gap to bf16", "sd of the gap", "one-sided 95 % bound")
     return title + _table(headings, quality_rows(found))
 
 
