@@ -267,7 +267,7 @@ def test_each_process_gets_caches_of_its_own(tmp_path):
 def test_fp8_trains_and_its_losses_are_compared(tmp_path):
     answers = run(tmp_path / "m.json", providers=("fusekit fp8",))
     found = view.grouped(answers)["GPT 17M"]["fusekit fp8"]
-    assert found["sites"] > 8 and found["refused"] >= 1 and 0 < found["loss_error"] < 1e-2
+    assert found["sites"] >= 8 and found["refused"] >= 1 and 0 < found["loss_error"] < 1e-2
 
 
 def test_what_cannot_be_measured_here_is_named_with_the_reason(monkeypatch):
