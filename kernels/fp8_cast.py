@@ -256,11 +256,12 @@ def cast(
     elif scaling in ("tensor", "row"):
         by_row = scaling == "row"
         sizes = (M if plain is not None else 0, K if transposed is not None else 0) if by_row else (1, 0)
-        maxima = tuple(torch.zeros(n, dtype=torch.int32, device=x.device) if n else None for n in sizes)
+        zeros = [torch.zeros(n, dtype=torch.int32, device=x.device) if n else None for n in sizes]
+        maxima = (zeros[0], zeros[1])
         launch(amax_kernel, grid, x, *maxima, M, K, *x.stride(), ROWS=by_row, TILE=TILE, num_warps=WARPS)
     if scaling == "tensor":
         inverse = inverse if inverse is not None else inverse_t
-        if amax is not None:
+        if amax is not None and maxima[0] is not None:
             patterns = amax.view(torch.int32)
             torch.maximum(patterns, maxima[0], out=patterns)
     constants: dict[str, Any] = {

@@ -43,11 +43,11 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Those that compile clean with Triton 3.6 and 3.8. Two accumulators of promoted sums live in registers, so 128
-# columns are the most; with 128 of fast ones ptxas serialises wgmma, with 256 it does not. Blackwell's block
+# Those that compile clean with Triton 3.6 and 3.8. Promoted sums have two accumulators in registers, so 128
+# columns are the most; of fast ones ptxas serialises wgmma with 8 warps and not with 4. Blackwell's block
 # sums come out of tensor memory, and with 128 columns they spill 1,224 bytes.
 PROMOTED_TILE = Tile(128, 128, 128, 8, 3)
-FAST_TILE = Tile(128, 256, 128, 8, 3)
+FAST_TILE = Tile(128, 128, 128, 4, 3)
 BLACKWELL_BLOCK_TILE = Tile(128, 64, 128, 8, 3)
 DECODED_TILE = Tile(128, 128, 64, 8, 3)
 
@@ -104,7 +104,7 @@ def product_kernel(
                 a = decode(a, A_E5M2)
                 b = decode(b, B_E5M2)
             if SCALING == "block":
-                step = (k // 128).to(tl.int64)
+                step = tl.cast(k // 128, tl.int64)
                 a_scale = tl.load(a_inverse_ptr + step * M + a_rows)
                 b_scale = tl.load(b_inverse_ptr + step * b_groups + b_group)
                 accumulator += tl.dot(a, b) * a_scale[:, None] * b_scale[None, :]

@@ -363,8 +363,8 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(args=(make(2, 35, 160), make(144, 160, scale=0.08), bias, "none", name), name=name)
     delayed = replace(PRESETS["fp8-tensorwise"], delayed=True, grad_weight=False).token()
     state = torch.tensor([64.0, 512.0, 1024.0], device=device), torch.zeros(3, device=device)
-    args = (make(70, 64), make(48, 64, scale=0.12), None, "none", delayed, *state)
-    yield Sample(args=args, name="delayed")
+    few = make(70, 64), make(48, 64, scale=0.12)
+    yield Sample(args=(*few, None, "none", delayed, *state), name="delayed")
     yield Sample(args=(make(70, 64), make(48, 64, scale=0.12), make(48), "gelu"), name="gelu")
     yield Sample(args=(make(0, 5, 32), make(16, 32), None, "silu"), name="empty_batch")
     x, weight = make(35, 2, 48), make(48, 80, scale=0.15)
@@ -378,8 +378,8 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         args = (make(2048, 1024), make(4096, 1024, scale=1 / 32), None, "none", token)
         yield Sample(args=args, name=f"2048x1024x4096_{name}", bench=True)
     delayed = replace(PRESETS["fp8-tensorwise"], delayed=True).token()
-    args = (make(2048, 1024), make(4096, 1024, scale=1 / 32), make(4096), "gelu_tanh", delayed, *state)
-    yield Sample(args=args, name="2048x1024x4096_delayed", bench=True)
+    many = make(2048, 1024), make(4096, 1024, scale=1 / 32), make(4096)
+    yield Sample(args=(*many, "gelu_tanh", delayed, *state), name="2048x1024x4096_delayed", bench=True)
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent="grad")

@@ -71,24 +71,16 @@ def forward(
 ) -> None:
     """Write y and z, and Q(x) and Q(weight) as the two later products take them, where not None."""
     dtype = operand_dtype(x.dtype, recipe)
-    shared = recipe.scaling == "tensor"  # one group: both layouts hold the same values
     operands = []
     for t, which, saved in ((x, X, x_saved), (weight, WEIGHT, w_saved)):
-        own = None
-        if recipe.output:
-            own = through_fp8(t, recipe, which, False, scale, amax, dtype)
+        own = through_fp8(t, recipe, which, False, scale, amax, dtype) if recipe.output else t.to(x.dtype)
+        # One group, or square ones: both layouts hold the same values.
+        same = recipe.scaling == "tensor" or (which == WEIGHT and recipe.scaling == "block")
         if saved is not None:
-            again = (
-                own
-                if own is not None and (shared or (which == WEIGHT and recipe.scaling == "block"))
-                else None
-            )
-            saved.copy_(through_fp8(t, recipe, which, True, scale, amax, dtype) if again is None else again)
+            again = recipe.output and same
+            saved.copy_(own if again else through_fp8(t, recipe, which, True, scale, amax, dtype))
         operands.append(own)
-    if recipe.output:
-        x, weight = operands
-    elif weight.dtype != x.dtype:
-        weight = weight.to(x.dtype)
+    x, weight = operands
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if recipe.output and recipe.accumulation == "exact":

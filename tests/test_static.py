@@ -118,6 +118,33 @@ def test_a_product_off_the_tensor_cores_is_noticed():
     assert not worker.read_code({"ttir": tf32, "ptx": "fma.rn.f32"}, log, 90)["tensor_cores"]
 
 
+def test_fp8_products_need_instructions_of_fp8():
+    """On wider ones, decoded, they would pass for 16-bit products."""
+    worker = importlib.import_module("benchmarks.static.worker")
+    ttir = "%7 = tt.dot %5, %6, %acc : tensor<64x64xf8E4M3FN> * tensor<64x64xf8E5M2> -> tensor<64x64xf32>"
+    log = "0 bytes spill stores\nUsed 40 registers"
+    for arch, good, bad in (
+        (
+            90,
+            "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e5m2",
+            "wgmma.mma_async.m64n128k16.f32.f16.f16",
+        ),
+        (100, "tcgen05.mma.cta_group::1.kind::f8f6f4 [", "tcgen05.mma.cta_group::1.kind::f16 ["),
+    ):
+        assert worker.read_code({"ttir": ttir, "ptx": good}, log, arch)["tensor_cores"]
+        assert not worker.read_code({"ttir": ttir, "ptx": bad}, log, arch)["tensor_cores"]
+
+
+def test_missing_promotion_is_noticed():
+    """A step's 64 sums a thread are added in registers, or left in Hopper's FP8 accumulator."""
+    worker = importlib.import_module("benchmarks.static.worker")
+    constants = {"PROMOTE": True, "BLOCK_M": 128, "BLOCK_N": 128}
+    job = {"constexprs": constants, "arch": 90, "options": {"num_warps": 8}}
+    assert worker._promotes({"add": 64}, job) and worker._promotes({"fma": 64}, job)
+    assert not worker._promotes({"add": 3, "wgmma fp8": 4}, job)
+    assert worker._promotes({}, job | {"constexprs": constants | {"PROMOTE": False}})
+
+
 def test_serialised_wgmma_is_noticed():
     worker = importlib.import_module("benchmarks.static.worker")
     log = "(C7512) Potential Performance Loss: wgmma.mma_async ...\nUsed 40 registers, 12 bytes spill stores"
@@ -131,6 +158,7 @@ def test_serialised_wgmma_is_noticed():
         ({"spills": 8}, "spills 8 bytes"),
         ({"advisories": ["C7515"]}, "C7515"),
         ({"tensor_cores": False}, "tensor cores"),
+        ({"promoted": False}, "float32 registers"),
         ({"shared": 232_449}, "shared memory"),
         ({"arch": 80, "shared": 166_913}, "shared memory"),
         ({"registers": 255}, "cannot be launched"),
