@@ -11,7 +11,9 @@ gradients of the decoded codes), f the result. |.| is the Frobenius norm, relati
 The gradients behind an activation stand between "codes" and "rounding". Their dz comes from a z that was
 rounded to x's dtype, so some dz fall to the other side of an FP8 tie, each a whole FP8 step away from R8:
 measured 0.4 |R8 - R|, and 0.6 is allowed. Those steps go both ways, so the projection on R8 is sharp again: a
-gradient that is too long or too short as a whole shows there.
+gradient that is too long or too short as a whole shows there. Few dz scatter: of n, 8 / sqrt(n) more of both
+limits is allowed (of 360 layers with 384 to 4096 dz, 7 gradients needed it; a layer of a real model has
+millions).
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def check_fp8(args: tuple[Any, ...], fused: Results, truth: Results) -> list[Ver
     eager = results_and_grads(op.reference, args)
     formula = results_and_grads(lambda x, w, b: plain_reference(x, w, b, None, act), wide[:3])
     behind = {"grad_0", "grad_1"} if act != "none" else set()
+    scatter = 1 + 8 / math.sqrt(max(1, fused["output"].numel()))
     verdicts = check(
         {name: t for name, t in fused.items() if name not in behind}, eager,
         {name: t for name, t in defined.items() if name not in behind},
@@ -60,7 +63,9 @@ def check_fp8(args: tuple[Any, ...], fused: Results, truth: Results) -> list[Ver
     )  # fmt: skip
     for name, exact in truth.items():
         verdicts.append(_reading(name, formula[name], exact))
-        verdicts += _rounding(name, fused[name], defined[name], exact, name in behind, recipe)
+        verdicts += _rounding(
+            name, fused[name], defined[name], exact, scatter if name in behind else 0.0, recipe
+        )
     return verdicts
 
 
@@ -71,18 +76,18 @@ def _reading(name: str, formula: Tensor, exact: Tensor) -> Verdict:
 
 
 def _rounding(
-    name: str, fused: Tensor, defined: Tensor, exact: Tensor, behind: bool, recipe: Recipe
+    name: str, fused: Tensor, defined: Tensor, exact: Tensor, scatter: float, recipe: Recipe
 ) -> Iterator[Verdict]:
     finite = defined.isfinite() & exact.isfinite()
     f, d, r = (torch.where(finite, t.double(), 0.0) for t in (fused, defined, exact))
     must, ours, apart = (_relative(t, r) for t in (d - r, f - r, f - d))
-    if behind:
-        reason = _behind(f - d, d, apart, must)
+    if scatter:
+        reason = _behind(f - d, d, apart, must, scatter)
         yield _verdict(name, apart, max(must, FLOOR), not reason, reason)
     reason = ""
     if ours > 1.05 * must + 2.5 * FLOOR:
         reason = f"error {ours:.3g}, where rounding to FP8 costs {must:.3g}"
-    elif (worst := _worst_slice(f - r, d - r, r)) > 1.0:
+    elif (worst := _worst_slice(f - r, d - r, r)) > max(1.0, scatter):
         reason = f"a row or column is {worst:.3g} times as far off as rounding to FP8 allows"
     elif (most := _most(name, recipe)) is not None and must > most:
         reason = (
@@ -92,9 +97,9 @@ def _rounding(
     yield _verdict(f"{name} unrounded", ours, max(must, FLOOR), not reason, reason)
 
 
-def _behind(difference: Tensor, defined: Tensor, apart: float, must: float) -> str:
+def _behind(difference: Tensor, defined: Tensor, apart: float, must: float, scatter: float) -> str:
     """Of a gradient behind an activation."""
-    if apart > FLIPPED * must + 2.5 * FLOOR:
+    if apart > scatter * FLIPPED * must + 2.5 * FLOOR:
         return f"{apart:.2g} away from FP8's own result, which is {must:.2g} off"
     square = defined.square().sum().item()
     length = (difference * defined).sum().item() / square if square else 0.0
