@@ -15,11 +15,17 @@ from fusekit.meter import machine
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
 # Raised when a reader of older files would misread them.
-KERNEL_SCHEMA, TRAFFIC_SCHEMA, MODEL_SCHEMA = 1, 2, 1
-SCHEMAS = {"kernels": KERNEL_SCHEMA, "traffic": TRAFFIC_SCHEMA, "models": MODEL_SCHEMA}
+KERNEL_SCHEMA, TRAFFIC_SCHEMA, MODEL_SCHEMA, QUALITY_SCHEMA = 1, 2, 1, 1
+SCHEMAS = {
+    "kernels": KERNEL_SCHEMA,
+    "traffic": TRAFFIC_SCHEMA,
+    "models": MODEL_SCHEMA,
+    "quality": QUALITY_SCHEMA,
+}
 WRITERS = {
     "kernels": "the kernel suite, which `fusekit bench` writes",
     "traffic": "the traffic counter, which `python -m benchmarks.traffic --record` writes",
+    "quality": "the quality experiment, which `python -m benchmarks.precision_quality` writes",
     "models": "the model suite, which `fusekit bench models` writes",
 }
 NUMBERS = re.compile(r"\[\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\s+\]")

@@ -15,12 +15,13 @@ from typing import Any
 from benchmarks.kernels.run import grouped as cells_by_case
 from benchmarks.models.providers import REFERENCE
 from benchmarks.models.view import grouped, values
+from benchmarks.precision_quality import rows as quality_rows
 from benchmarks.results_file import CHECKOUT, RESULTS, read_results
 from benchmarks.traffic.counting import launches, moved
 from fusekit.kernels import OPS
 from fusekit.passes.rules import RULES
 
-FILES = (CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md")
+FILES = (CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md", CHECKOUT / "docs" / "precision.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -206,10 +207,26 @@ def _counted(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) 
     return _table(("", "", "MB moved", "of the first", "launches", "MB saved for backward"), lines)
 
 
+def quality() -> str:
+    if not (RESULTS / "precision_quality.json").exists():
+        return "The quality experiment has not been run yet.\n"
+    found = read_results(RESULTS / "precision_quality.json", "quality")
+    machine, sizes = found["environment"], found["settings"]["sizes"]
+    where = f"{machine.get('cpu')}, one thread, emulated, commit {machine.get('commit')}"
+    title = (
+        f"GPT of {sizes['layers']} layers, width {sizes['width']}, {found['settings']['steps']} steps on "
+        f"CPython's documentation; validation loss against bf16 of the same seed and batches, mean with "
+        f"Student's 95 % interval ({where}):\n\n"
+    )
+    headings = ("recipe", "seeds", "gap to bf16", "sd of the gap", "one-sided 95 % bound")
+    return title + _table(headings, quality_rows(found))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops,
     "cpu_kernels": cpu_kernels,
     "cpu_models": cpu_models,
+    "quality": quality,
     "static": static,
     "traffic": traffic,
     "model_traffic": model_traffic,

@@ -9,9 +9,11 @@ except ModuleNotFoundError as error:
 
 from fusekit.certificate import Certificate
 from fusekit.explanation import explain
+from fusekit.kernels.recipe import Recipe
+from fusekit.loss_scaler import LossScaler
 from fusekit.optimize import optimize, restore
 from fusekit.report import Report
 from fusekit.verification import verify
 
-__all__ = ["Certificate", "Report", "explain", "optimize", "restore", "verify"]
+__all__ = ["Certificate", "LossScaler", "Recipe", "Report", "explain", "optimize", "restore", "verify"]
 __version__ = "0.1.0"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fusekit.passes.capture import CapturedRegion
 from fusekit.session import session
 
-ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-11}  # "keep" is float32's
+ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-11, "fp8": 2.0**-4}  # "keep" is float32's
 ROUNDINGS = 8  # by which a gradient may move without being called worse
 
 

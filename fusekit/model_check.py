@@ -20,8 +20,8 @@ from fusekit.certificate import ModelCheck
 from fusekit.passes.logits import UnreadLogits
 
 NOISE = 3.0  # two runs that round differently stand at different distances from float64; measured 1 to 2
-UNIT = {"keep": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
-LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
+UNIT = {"keep": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4}
+LOW = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 SMALLEST_SHARE = 1e-3  # of the gradients' rms; below it a gradient is rounding noise (a key bias)
 
 

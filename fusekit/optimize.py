@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fusekit.kernels import OPS
+from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.passes import _compat
 from fusekit.passes.capture import Failure
 from fusekit.passes.config import Config
 from fusekit.passes.region import Settings
+from fusekit.recipe_modules import kept_modules
 from fusekit.session import SESSIONS, Hook, OptimisedCall, Session
 
-PRECISIONS = ("keep", "tf32", "fp16", "bf16")
+PRECISIONS = ("keep", "tf32", "fp16", "bf16", "fp8")
 REMAINDERS = ("auto", "eager", "inductor")
 _SYNONYMS = {
     "bfloat16": "bf16",
@@ -32,7 +34,7 @@ _SYNONYMS = {
 def optimize(
     model: nn.Module,
     *,
-    precision: str = "keep",
+    precision: str | Recipe = "keep",
     fuse: str | Iterable[str] = "all",
     remainder: str = "auto",
     verify: str | int | None = None,
@@ -49,7 +51,8 @@ def optimize(
     Args:
         model: any module. What cannot be captured runs as it was written, and one warning names the line.
         precision: "keep" changes no dtype; "tf32", "fp16" and "bf16" keep float32 Parameters as master
-            weights and place casts in the graph.
+            weights and place casts in the graph. "fp8" does as "bf16" and casts the operands of linear
+            layers to FP8, as a Recipe, or the name of one from PRESETS, says in detail.
         fuse: "all", "none", or names of ops from fusekit.kernels.OPS.
         remainder: what runs the nodes that no rule took; "auto" is Inductor on CUDA and eager elsewhere.
         verify: "first", or every N calls with gradients: check all sites against float64 on the caller's own
@@ -64,8 +67,12 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(_not_a_module(model))
+    chosen, recipe = _precision(precision)
     settings = Settings(
-        precision=_choice("precision", precision, PRECISIONS, _SYNONYMS),
+        precision=chosen,
+        recipe=recipe,
+        keep=kept_modules(model, recipe) if recipe else (),
+        modules={str(id(module)): name for name, module in model.named_modules()},
         fuse=_ops(fuse),
         remainder=_choice("remainder", remainder, REMAINDERS),
         strict=bool(strict),
@@ -100,6 +107,24 @@ def restore(model: nn.Module) -> nn.Module:
     if session is not None:
         model._compiled_call_impl = session.replaced_call
     return model
+
+
+def _precision(precision: Any) -> tuple[str, Recipe | None]:
+    """The precision as `Settings` has it, and the recipe behind it."""
+    if isinstance(precision, Recipe):
+        recipe = precision
+    elif precision == "fp8":
+        recipe = PRESETS["fp8-tensorwise"]
+    elif isinstance(precision, str) and precision in PRESETS:
+        recipe = PRESETS[precision]
+    else:
+        return _choice("precision", precision, [*PRECISIONS, *PRESETS], _SYNONYMS), None
+    if recipe.delayed:
+        raise ValueError(
+            "precision: a recipe with delayed=True needs the largest values of earlier steps, which "
+            "optimize does not keep; use delayed=False, which reads each tensor's own"
+        )
+    return "fp8", recipe
 
 
 def _not_a_module(model: Any) -> str:
@@ -143,7 +168,7 @@ def _check_tensors(model: nn.Module, precision: str) -> None:
     if len(devices) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ValueError(f"the model is on several devices ({places}): move it to one with model.to(device)")
-    if precision in ("fp16", "bf16"):
+    if precision in ("fp16", "bf16", "fp8"):
         for name, tensor in model.named_parameters():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fusekit.certificate import SiteCertificate
+from fusekit.fp8_check import check_fp8
 from fusekit.kernels import OPS
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 from fusekit.passes.region import Fusion
@@ -65,10 +66,14 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
     for results in (fused_results, eager_results, truth):
         _add_up(results, repeated)
     dtype = next(a.dtype for a in args if isinstance(a, Tensor))
-    checks = check(
-        {name: fused_results[name] for name in eager_results}, eager_results, truth, dtype=dtype,
-        terms=longest_sum(args), inherent=OPS[fusion.op].inherent, tf32=_is_tf32(names, args),
-    )  # fmt: skip
+    if fusion.op == "linear_fp8":
+        checks = check_fp8(args, fused_results, truth)
+        timed = timed and fusion.implementation != "emulated"  # nobody asks an emulation to be fast
+    else:
+        checks = check(
+            {name: fused_results[name] for name in eager_results}, eager_results, truth, dtype=dtype,
+            terms=longest_sum(args), inherent=OPS[fusion.op].inherent, tf32=_is_tf32(names, args),
+        )  # fmt: skip
     seconds = _times(lambda: _step(fused, args), lambda: eager.step(args)) if timed else (None, None)
     return SiteCertificate(
         site=fusion.site, op=fusion.op, rule=fusion.rule, location=fusion.location, dtype=_name(dtype),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fusekit.kernels.recipe import PRESETS
+
 PROVIDERS = ("eager", "compile", "fusekit")
-PRECISIONS = ("float32", "tf32", "fp16", "bf16")
+FP8 = ("fp8", *PRESETS)
+PRECISIONS = ("float32", "tf32", "fp16", "bf16", *FP8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. provider: "eager", "compile", "fusekit"; precision: "float32", "tf32", "fp16", "bf16".
+    """How to train. provider: "eager", "compile", "fusekit"; precision: "float32", "tf32", "fp16", "bf16",
+    and with fusekit "fp8" or the name of an FP8 recipe.
 
     A step is `accumulate` batches of `batch` rows. The learning rate rises linearly for `warmup` steps, then
     falls as a cosine to a tenth. Intervals of 0 mean: only at the end. log_every 0: every step on a CPU,
@@ -38,6 +42,11 @@ class TrainConfig:
         for name, allowed in (("provider", PROVIDERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.precision in FP8 and self.provider != "fusekit":
+            raise ValueError(
+                f"precision {self.precision} is fusekit's own; {self.provider} trains in float32, tf32, fp16 "
+                f"or bf16"
+            )
         for name in ("steps", "batch", "context", "accumulate", "validation_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fusekit.checkpoint import load_checkpoint, save_checkpoint
 from fusekit.data import Batches, Corpus, validation_batches
 from fusekit.interrupt import Interrupted, StopRequest
+from fusekit.loss_scaler import LossScaler
 from fusekit.meter import Stopwatch, peak_memory
 from fusekit.monitor import Metrics, Monitor, read_metrics
 from fusekit.plots import plot_losses
@@ -63,7 +64,10 @@ class Trainer:
         self.model = model.to(self.device).train()
         self.forward = provide(self.model, config)
         self.optimizer = make_optimizer(self.model, config, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
+        if self.scaler.is_enabled():  # read on the device, by steps that were not skipped
+            rates = [config.learning_rate(step) for step in range(config.steps)]
+            self.rates = torch.tensor(rates, device=self.device)
         self.batches = Batches(corpus.train, batch=config.batch, context=config.context, seed=config.seed)
         self.monitor = monitor or Monitor(self.last_step)
         self.step = self.saved_step = 0
@@ -111,7 +115,7 @@ class Trainer:
         """One optimizer step; the mean loss and the gradient norm, still on the device."""
         config, total = self.config, torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate(self.step)
+            group["lr"] = self.learning_rate()
         for _ in range(config.accumulate):
             tokens, targets = (t.to(self.device, non_blocking=True) for t in self.batches.next())
             with autocast(config, self.device):
@@ -120,10 +124,17 @@ class Trainer:
             total += loss.detach() / config.accumulate
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.scaler.require_finite(self.optimizer, grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, grad_norm
+
+    def learning_rate(self) -> float | Tensor:
+        """Of this step. With a loss scale the schedule stands still while steps are skipped."""
+        if not self.scaler.is_enabled():
+            return self.config.learning_rate(self.step)
+        return self.rates.take(self.step - self.scaler.skipped)
 
     def log(self, loss: Tensor, grad_norm: Tensor) -> None:
         value = loss.item()
@@ -132,7 +143,7 @@ class Trainer:
         record = {
             "step": self.step,
             "loss": value,
-            "lr": self.config.learning_rate(self.step - 1),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "grad_norm": grad_norm.item(),
             "tokens_per_second": steps * self.tokens_per_step / seconds,
             "seconds": seconds / steps,
@@ -141,6 +152,7 @@ class Trainer:
         }
         if self.scaler.is_enabled():
             record["loss_scale"] = self.scaler.get_scale()
+            record["skipped_steps"] = int(self.scaler.skipped)
         self._report(record)
         self.losses_lost = 0 if math.isfinite(value) else self.losses_lost + 1
         if self.losses_lost > (FP16_PATIENCE if self.scaler.is_enabled() else 0):

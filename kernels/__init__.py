@@ -27,7 +27,7 @@ if __name__ == "fusekit.kernels":
         "rope": rope.OP,
     }
     # Apart: rounding to FP8 is piecewise constant, so no derivative of a reference is the gradient, and what
-    # they are judged by is in tests/test_linear_fp8.py. Rules never choose them, the precision pass does.
+    # they are judged by is in tests/test_linear_fp8.py. Rules use them only where a recipe was asked for.
     FP8_OPS: dict[str, Op] = {"linear_fp8": linear_fp8.OP}
 else:
     # Python started in a checkout finds this folder under the name of a Hugging Face package, for which

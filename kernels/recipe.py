@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,6 +44,10 @@ class Recipe:
         those of `output` in the FP8 tensor core's own, narrower accumulator and promotes the gradients';
         "fp32" is plain float32; "exact" rounds the exact sum once, the same bits on any machine, for tests.
     power_of_two: scales are powers of two, so scaling rounds nothing.
+    head: the layer whose result is the model's output or goes to the loss is cast as well.
+    edge_blocks: so many first and last blocks of the model stay in high precision.
+    keep: modules that stay, by name or pattern ("blocks.*.attention"). These three are about a model and
+        are no part of the token.
     """
 
     forward: torch.dtype = torch.float8_e4m3fn
@@ -54,6 +59,9 @@ class Recipe:
     grad_weight: bool = True
     accumulation: str = "promote128"
     power_of_two: bool = True
+    head: bool = False
+    edge_blocks: int = 0
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("forward", "gradient"):
@@ -82,6 +90,10 @@ class Recipe:
                 "Recipe: with scaling='mx' gradients of e5m2 are known to diverge; "
                 "use gradient=torch.float8_e4m3fn"
             )
+        if self.edge_blocks < 0:
+            raise ValueError(f"Recipe: edge_blocks is not negative, got {self.edge_blocks}")
+        if isinstance(self.keep, str) or not all(isinstance(name, str) for name in self.keep):
+            raise ValueError(f"Recipe: keep is a tuple of module names or patterns, got {self.keep!r}")
         if not (self.output or self.grad_input or self.grad_weight):
             raise ValueError("Recipe: none of output, grad_input, grad_weight is FP8; use precision='bf16'")
 
@@ -111,7 +123,7 @@ class Recipe:
                 f"{token!r} is no FP8 recipe: give a preset ({', '.join(PRESETS)}) or a token such as "
                 f"{Recipe().token()!r}"
             ) from None
-        chosen = {name: letter in products for letter, name in _LETTERS.items()}
+        chosen: dict[str, Any] = {name: letter in products for letter, name in _LETTERS.items()}
         return Recipe(
             forward=dtypes[0], gradient=dtypes[1], scaling=scaling, delayed=history == "delayed",
             accumulation=accumulation, power_of_two=scales == "p2", **chosen,

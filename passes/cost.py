@@ -51,6 +51,10 @@ GPUS = [
 ]
 
 
+FP8_SPEED = 2.0  # of bf16's products, on every GPU that has FP8 ones
+FP8_LEAST_GAIN = 1.05  # what is not this much faster stays: it would cost precision for nothing
+
+
 @dataclass(frozen=True)
 class Cost:
     """FLOPs and bytes moved of one or more nodes, and their time without what starting them costs."""
@@ -90,6 +94,38 @@ def roofline(flops: int, moved: int, value: Any, tf32: bool = False) -> Cost:
     device, dtype = device_of(value), tensors_of(value)[0].dtype
     rate = device.tf32 if tf32 else device.low if dtype in (torch.float16, torch.bfloat16) else device.float32
     return Cost(flops, moved, max(flops / rate, moved / device.bandwidth))
+
+
+def emulates_fp8(value: Any) -> bool:
+    """Whether a value's device has no FP8 products: then FP8 costs time, and was asked for all the same."""
+    if not on_gpu(tensors_of(value)[0]):
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+
+
+def fp8_seconds(M: int, N: int, K: int, value: Any) -> tuple[float, float]:
+    """Forward and backward of a linear layer in bf16 and in FP8, the casts included."""
+    device = device_of(value)
+    products = 6 * M * N * K / device.low
+    operands = M * K + N * K + M * N
+    started = EAGER_OVERHEAD["cuda"]
+    # Each operand is read for its largest value and for the cast, and written in two layouts of a byte.
+    casts = operands * (2 + 2 + 1 + 1) / device.bandwidth
+    low = max(products, 3 * 2 * operands / device.bandwidth) + 3 * started
+    return low, max(products / FP8_SPEED, 3 * operands / device.bandwidth) + casts + 9 * started
+
+
+def why_fp8_does_not_pay(M: int, N: int, K: int, value: Any) -> str | None:
+    """None where FP8 is faster than bf16, or only emulated: then speed is not what it is asked for."""
+    if emulates_fp8(value):
+        return None
+    low, fp8 = fp8_seconds(M, N, K, value)
+    if low >= FP8_LEAST_GAIN * fp8:
+        return None
+    return (
+        f"{M} x {K} x {N} would take {fp8 * 1e6:.0f} µs in FP8, casts included, and takes {low * 1e6:.0f} µs "
+        f"in bf16, forward and backward on {device_of(value).name}, as estimated"
+    )
 
 
 def node_flops(node: fx.Node) -> int:

@@ -23,6 +23,7 @@ class Policy(Enum):
     LOW = auto()  # a matmul: every float32 input is cast down
     NORM = auto()  # a fused norm: x and residual low, weights float32, statistics float32 inside
     ROPE = auto()  # x low, the tables as they come: an angle's cosine is not rounded for x's sake
+    FP8 = auto()  # x and bias low, the weight as it comes: the op casts its master, and no copy of it is made
     FLOW = auto()  # elementwise: low as soon as one input is low, unless a float32 result takes part
     MOVE = auto()  # data movement: whatever comes in
     CAST = auto()  # a dtype the user wrote: it keeps its meaning
@@ -96,16 +97,13 @@ def takes_dtype(target: Any) -> bool:
     return target.overloadpacket in _OWN_DTYPE and "dtype" in names
 
 
-def mutates(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
 def _fusekit_policy(name: str) -> Policy:
     if name in ("attention", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp"):
         return Policy.LOW
     if name.endswith("rope"):
         return Policy.ROPE
+    if name == "linear_fp8":
+        return Policy.FP8
     return Policy.NORM if name.endswith("_norm") else Policy.FLOAT32
 
 

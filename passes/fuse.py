@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from fusekit.kernels import OPS
+from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.op import Op
 from fusekit.passes.canonicalise import bodies, location
+from fusekit.passes.fp8_sites import is_layer, why_kept
 from fusekit.passes.normalise import is_mutation, is_view, memory, same_meta, same_shape, writes
 from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, New, Rule
 from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
-from fusekit.passes.rules import RULES
+from fusekit.passes.rules import RULES, fp8
 from fusekit.passes.search import find
 from fusekit.passes.spelling import spell, value_of
 
+ALL_OPS = OPS | FP8_OPS
 SEED_RANGE = 2**62
 
 
@@ -64,19 +66,23 @@ class _Fuser:
 
     def rules(self) -> list[Rule]:
         wanted, disabled = self.region.settings.fuse, self.region.config.disable
+        recipe = self.region.settings.recipe
         active = [
             rule
-            for rule in RULES
-            if rule.op in OPS
-            and (wanted is None or rule.op in wanted)
+            for rule in (RULES if recipe is None else [*fp8.RULES, *RULES])
+            if rule.op in ALL_OPS
+            and (rule.op in FP8_OPS or wanted is None or rule.op in wanted)
             and not {rule.op, rule.source} & disabled
         ]
-        return sorted(
-            active, key=lambda rule: -rule.traced.size
-        )  # sorted() keeps equals in the order of RULES
+        # sorted() keeps equals in the order of RULES. FP8 comes first: what it takes no chain can join.
+        return sorted(active, key=lambda rule: (rule.op not in FP8_OPS, -rule.traced.size))
 
     def try_rule(self, rule: Rule, root: fx.Node) -> None:
         found = find(rule.traced, root)
+        if rule.op in FP8_OPS:
+            if isinstance(found, Match) and is_layer(found):
+                self.try_fp8(found)
+            return
         if isinstance(found, Match):
             reason = self.apply(found)
             if reason is None:
@@ -88,11 +94,21 @@ class _Fuser:
         if best is None or (found.complete, found.progress) > (best.complete, best.progress):
             self.misses[rule.op, root] = found
 
+    def try_fp8(self, match: Match) -> None:
+        """A layer to FP8; that it stays is told once, by the row without an activation."""
+        settings = self.region.settings
+        assert settings.recipe is not None
+        match.arguments["recipe"] = settings.recipe.token()
+        in_checkpoint = self.module is not self.region.module
+        reason = why_kept(match, settings, in_checkpoint=in_checkpoint) or self.apply(match)
+        if reason is not None and match.rule is fp8.BARE:
+            self.region.refuse("linear_fp8", _location(match), f"stays in high precision: {reason}")
+
     def apply(self, match: Match) -> str | None:
         """Rewrite one match; or leave the graph as it was and say why."""
         if self.gone & {*match.nodes, *match.outputs}:
             return "part of it is fused already"
-        op = OPS[match.rule.op]
+        op = ALL_OPS[match.rule.op]
         if match.rule.finish is not None and (reason := match.rule.finish(match)):
             return reason
         before = _insertion_point(match)
@@ -146,7 +162,7 @@ class _Fuser:
             shapes=tuple(tuple(s if isinstance(s, int) else str(s) for s in t.shape) for t in tensors),
             dtype=str(next(iter(tensors)).dtype).removeprefix("torch."),
             bytes_saved=_bytes_saved(match),
-            flops=_hint(OPS[op].flops(*values.values())),
+            flops=_hint(ALL_OPS[op].flops(*values.values())),
             eager=eager,
             inputs=inputs,
         )
@@ -161,7 +177,7 @@ class _Fuser:
     ) -> None:
         with self.graph.inserting_before(before):
             made = [self.materialise(argument, match, before) for argument in arguments.values()]
-            fused = self.graph.call_function(OPS[fusion.op].fused, tuple(made))
+            fused = self.graph.call_function(ALL_OPS[fusion.op].fused, tuple(made))
             parts = [fused]
             if isinstance(results, tuple):
                 parts = [

@@ -22,16 +22,19 @@ from fusekit.passes.canonicalise import call_checkpoint
 from fusekit.passes.dtype_policy import (
     Policy,
     masks_scores,
-    mutates,
     overflows,
     policy_of,
     saturate,
     takes_dtype,
 )
+from fusekit.passes.normalise import is_mutation
 from fusekit.passes.propagate import dtype_of, faking, propagate
 
 aten = torch.ops.aten
 _VIEWS = (aten.reshape, aten.view)
+_LOWERED: dict[Policy, tuple[int, ...]] = {  # positions; of a matmul all that it multiplies
+    Policy.LOW: (), Policy.NORM: (0, 1), Policy.ROPE: (0,), Policy.FP8: (0, 2),
+}  # fmt: skip
 _PARAMETERS = {  # of ops whose products a CPU may widen: the position of the last one; x comes before them
     torch.ops.fusekit.linear_act.default: 2,
     torch.ops.fusekit.linear_cross_entropy.default: 2,
@@ -104,15 +107,15 @@ class Lowering:
         policy = Policy.FLOAT32 if _full_precision(node) else policy_of(node, self.low)
         if node.target is call_checkpoint:
             self._lower_checkpoint(node)
-        elif mutates(node):
+        elif is_mutation(node):
             self._match_destination(node, policy)
             self._casts.clear()  # a copy made before the write is stale after it
             self._update(node)
         elif policy is Policy.LOW and self._is_emulated(node):
             self._widen(node)
-        elif policy in (Policy.LOW, Policy.NORM, Policy.ROPE):
-            leading = node.args[: 2 if policy is Policy.NORM else 1]
-            self._bring_down(node, self._low_inputs(node) if policy is Policy.LOW else _nodes(leading))
+        elif policy in _LOWERED:
+            lowered = [node.args[i] for i in _LOWERED[policy]]
+            self._bring_down(node, _nodes(lowered) or self._low_inputs(node))
             self._update(node)
         elif policy is Policy.FLOAT32:
             self._bring_up(node)  # inputs as captured, so the value is as well
@@ -230,7 +233,7 @@ class Lowering:
     def _is_parameter(self, source: fx.Node) -> bool:
         """A parameter, or a view of one that needs nothing else."""
         while source not in self.parameters:
-            if source.op != "call_function" or len(source.all_input_nodes) != 1 or mutates(source):
+            if source.op != "call_function" or len(source.all_input_nodes) != 1 or is_mutation(source):
                 return False
             if policy_of(source, self.low) is not Policy.MOVE or _is_random(source):
                 return False

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.region import Region
-from fusekit.passes.spelling import value_of
+from fusekit.passes.spelling import filled, value_of
 
 aten = torch.ops.aten
 
@@ -86,8 +86,12 @@ _MAY_ALIAS = {
 
 
 def is_mutation(node: fx.Node) -> bool:
+    """Whether a call writes to one of its arguments; an optional one that is not given is not written."""
     schema = schema_of(node)
-    return schema is not None and schema.is_mutable
+    if schema is None or not schema.is_mutable:
+        return False
+    pairs = zip(schema.arguments, filled(node), strict=True)
+    return any(a.alias_info is not None and a.alias_info.is_write and given is not None for a, given in pairs)
 
 
 def _functional_if_private(node: fx.Node) -> None:

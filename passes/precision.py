@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels import FP8_OPS
 from fusekit.passes.canonicalise import bodies
+from fusekit.passes.cost import emulates_fp8
 from fusekit.passes.lowering import Lowering
+from fusekit.passes.normalise import is_mutation
 from fusekit.passes.propagate import complete, dtype_of, tensors_of
 from fusekit.passes.region import Fusion, InputCast, Region
 from fusekit.passes.tf32 import allow_tf32
 
-LOW_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LOW_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: what is around
 
 
 def place_casts(region: Region) -> None:
@@ -30,6 +33,22 @@ def place_casts(region: Region) -> None:
         allow_tf32(region)
     elif precision in LOW_DTYPES:
         _lower_region(region, LOW_DTYPES[precision])
+        if precision == "fp8":
+            _report_fp8(region)
+
+
+def _report_fp8(region: Region) -> None:
+    layers = [
+        n
+        for body in bodies(region.module)
+        for n in body.graph.nodes
+        if n.target is FP8_OPS["linear_fp8"].fused
+    ]
+    assert region.settings.recipe is not None
+    note = f"FP8 recipe {region.settings.recipe.token()}: {len(layers)} linear layers; the rest in bfloat16"
+    if layers and emulates_fp8(layers[0].meta["val"]):
+        note += ". Emulated: this device has no FP8 products, so the numbers are FP8's and the speed is not"
+    region.notes.append(note)
 
 
 def _lower_region(region: Region, low: torch.dtype) -> None:
@@ -68,8 +87,7 @@ def _cacheable_parameters(graph: fx.Graph) -> set[fx.Node]:
     """float32 Parameters that the graph does not write to, so that one copy serves all their readers."""
     written = set()
     for node in graph.nodes:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        if is_mutation(node):
             written |= {_storage(t) for n in node.all_input_nodes for t in tensors_of(n.meta.get("val"))}
     return {
         node

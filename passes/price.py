@@ -32,6 +32,7 @@ CPU_PATHS = {
     "gated_mlp": (0.5, "onednn"),
     "linear_act": (1.0, "onednn"),
     "linear_cross_entropy": (0.0, "chunks"),
+    "linear_fp8": (1.0, "emulated"),
     "mlp": (0.5, "onednn"),
     "rms_norm_rope": (0.5, "aten"),
     "rope": (0.5, "aten"),
@@ -48,6 +49,8 @@ def price(region: Region) -> None:
         for node in _fused(module):
             eager, fused = _estimate(node)
             fusion: Fusion = node.meta["fusion"]
+            if fusion.op == "linear_fp8":
+                continue  # asked for, and priced before it was placed
             reason = _declined(node)
             if fusion.estimated_gain is not None and fusion.estimated_gain < LEAST_GAIN:
                 reason = (
@@ -97,6 +100,8 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     replaced, started = _replaced_cost(node)
     ends = bytes_of(_inputs(node)) + bytes_of(tensors_of(value))
     remaining, fusion.implementation = CPU_PATHS[fusion.op] if kind == "cpu" else (0.0, "triton")
+    if fusion.op == "linear_fp8":
+        return _estimate_fp8(node, replaced, started)
     moved = ends + int(remaining * max(0, replaced.bytes - ends))
     fused = roofline(replaced.flops, moved, value, tf32=bool(node.kwargs.get("tf32")))
     fusion.bytes_saved = max(0, replaced.bytes - moved)
@@ -107,6 +112,20 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     eager = replaced.seconds + started * cost.EAGER_OVERHEAD[kind]
     fusion.estimated_gain = eager / seconds if seconds else 1.0
     return eager, seconds
+
+
+def _estimate_fp8(node: fx.Node, replaced: Cost, started: int) -> tuple[float, float]:
+    """Forward and backward of the layer, in bf16 and in FP8; emulated there is no gain to speak of."""
+    fusion: Fusion = node.meta["fusion"]
+    fusion.bytes_saved = 0
+    if cost.emulates_fp8(node.meta["val"]):
+        fusion.implementation = "emulated"
+        return replaced.seconds, replaced.seconds
+    x, weight = _inputs(node)[:2]
+    N, K = map(cost.hint, weight.shape)
+    low, fp8 = cost.fp8_seconds(cost.size(x) // K, N, K, x)
+    fusion.estimated_gain = low / fp8
+    return low, fp8
 
 
 def _replaced_cost(node: fx.Node) -> tuple[Cost, int]:

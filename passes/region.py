@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from fusekit.kernels.recipe import Recipe
 from fusekit.passes.config import Config
 from fusekit.passes.weights import WeightCache
 
@@ -17,7 +18,10 @@ from fusekit.passes.weights import WeightCache
 class Settings:
     """What the user asked of `optimize`, checked.
 
-    precision: "keep", "tf32", "fp16", "bf16".
+    precision: "keep", "tf32", "fp16", "bf16", "fp8".
+    recipe: of "fp8"; None for the others.
+    keep: patterns of module names that a recipe leaves in high precision.
+    modules: names of the model's modules by str(id(module)), under which graph nodes carry them.
     fuse: names of the ops that may be used, None for all.
     remainder: "auto", "eager", "inductor".
     strict: raise where a matmul, attention or norm stays unfused.
@@ -25,6 +29,9 @@ class Settings:
     """
 
     precision: str = "keep"
+    recipe: Recipe | None = None
+    keep: tuple[str, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     fuse: frozenset[str] | None = None
     remainder: str = "auto"
     strict: bool = False

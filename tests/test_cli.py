@@ -152,6 +152,14 @@ def test_verify_of_the_builtin_model(capsys):
     assert json.loads(output)["ok"] is True
 
 
+def test_fp8_on_the_command_line(capsys):
+    code, output, _ = run(capsys, "verify", *TINY, "--json", "--precision=fp8-rowwise")
+    certificate = json.loads(output)
+    assert code == 0 and "linear_fp8" in {site["op"] for site in certificate["sites"]}
+    code, _, errors = run(capsys, "train", *TINY, "--provider=eager", "--precision=fp8")
+    assert_sentence(code, errors, "precision fp8 is fusekit's own")
+
+
 def test_bisect_of_the_builtin_model(capsys):
     code, output, _ = run(capsys, "bisect", *TINY, "--json", "--precision=float32")
     assert code == 0

@@ -264,11 +264,16 @@ def test_each_process_gets_caches_of_its_own(tmp_path):
         assert first[name] != second[name] and str(tmp_path) in first[name]
 
 
+def test_fp8_trains_and_its_losses_are_compared(tmp_path):
+    answers = run(tmp_path / "m.json", providers=("fusekit fp8",))
+    found = view.grouped(answers)["GPT 17M"]["fusekit fp8"]
+    assert found["sites"] >= 8 and found["refused"] >= 1 and 0 < found["loss_error"] < 1e-2
+
+
 def test_what_cannot_be_measured_here_is_named_with_the_reason(monkeypatch):
     assert PROVIDERS["liger bf16"].obstacle(CPU) == "needs a CUDA GPU"
     assert PROVIDERS["compile-max bf16"].obstacle(CPU) == "needs a CUDA GPU"
-    monkeypatch.setattr(rows, "PRECISIONS", ("keep", "bf16"))
-    assert "no FP8 recipe" in PROVIDERS["fusekit fp8"].obstacle(torch.device("cuda"))
+    assert PROVIDERS["fusekit fp8"].obstacle(CPU) is None
     monkeypatch.setattr(rows.shutil, "which", lambda name: None)
     assert "g++" in PROVIDERS["fusekit bf16 inductor"].obstacle(CPU)
     assert PROVIDERS["fusekit bf16"].obstacle(CPU) is None

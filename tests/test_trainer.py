@@ -90,7 +90,7 @@ def test_stopping_anywhere_and_resuming_gives_the_same_bits(tmp_path, precision,
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp8-block"])
 def test_resuming_under_fusekit_gives_the_same_bits(tmp_path, precision):
     options = {"provider": "fusekit", "precision": precision, "steps": 8}
     straight = make_trainer(tmp_path / "straight", **options)
@@ -291,6 +291,32 @@ def test_accumulation_equals_one_large_batch(tmp_path):
 
     for large, small in zip(gradient(6, 1), gradient(2, 3), strict=True):
         torch.testing.assert_close(large, small, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("provider", ["eager", "fusekit"])
+def test_an_overflow_in_fp16_skips_the_step_and_its_learning_rate(tmp_path, provider):
+    trainer = make_trainer(tmp_path, precision="fp16", provider=provider, steps=4)
+    backward, calls = torch.Tensor.backward, []
+
+    def poisoned(loss, *args, **kwargs):
+        backward(loss, *args, **kwargs)
+        calls.append(loss)
+        if len(calls) == 2:
+            trainer.model.norm.weight.grad[0] = math.inf
+
+    before = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", poisoned)
+        rates = []
+        for _ in range(4):
+            before = weights(trainer) if trainer.step == 1 else before
+            trainer.train_step()
+            if trainer.step == 1:
+                assert_same_bits(weights(trainer), before)
+            trainer.step += 1
+            rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([trainer.config.learning_rate(i) for i in (0, 1, 1, 2)])
+    assert trainer.scaler.get_scale() == 32768.0 and int(trainer.scaler.skipped) == 1
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
