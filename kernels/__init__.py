@@ -9,6 +9,7 @@ if __name__ == "fusekit.kernels":
         linear_act,
         linear_cross_entropy,
         mlp,
+        qkv_linear,
         rms_norm_rope,
         rope,
     )
@@ -22,6 +23,7 @@ if __name__ == "fusekit.kernels":
         "linear_act": linear_act.OP,
         "linear_cross_entropy": linear_cross_entropy.OP,
         "mlp": mlp.OP,
+        "qkv_linear": qkv_linear.OP,
         "rms_norm_rope": rms_norm_rope.OP,
         "rope": rope.OP,
     }

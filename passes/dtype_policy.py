@@ -102,7 +102,7 @@ def mutates(node: fx.Node) -> bool:
 
 
 def _fusekit_policy(name: str) -> Policy:
-    if name in ("attention", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp"):
+    if name in ("attention", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp", "qkv_linear"):
         return Policy.LOW
     if name.endswith("rope"):
         return Policy.ROPE
