@@ -16,6 +16,8 @@ from benchmarks.kernels.run import grouped as cells_by_case
 from benchmarks.models.providers import REFERENCE
 from benchmarks.models.view import grouped, values
 from benchmarks.results_file import CHECKOUT, RESULTS, read_results
+from benchmarks.static.large_tiles import LIMIT
+from benchmarks.static.large_tiles import tiles as static_large_tiles
 from benchmarks.traffic.counting import launches, moved
 from fusekit.kernels import OPS
 from fusekit.passes.rules import RULES
@@ -149,6 +151,35 @@ def static() -> str:
     return title + _table(headers, rows)
 
 
+def large_tiles() -> str:
+    found = _load("static.json")
+    if found is None:
+        return "The static lane's record has not been written yet.\n"
+    rows = [
+        (f"`{t.kernel}`", t.operands, t.tile, t.stages, t.builds, t.spills, t.wgmma, t.cycles, t.bound,
+         f"{t.ratio:.2f}")
+        for t in static_large_tiles(found["kernels"])
+    ]  # fmt: skip
+    title = (
+        "Products by large tiles on sm_90 (accumulators of 128×128 and more), Triton 3.6: the most cycles "
+        "that issuing a step of K takes an SM, over all layouts and epilogues, beside the tensor cores' "
+        f"cycles for it. The static lane fails above {LIMIT}, not measured:\n\n"
+    )
+    headers = (
+        "kernel",
+        "operands",
+        "tile",
+        "stages",
+        "builds",
+        "spills",
+        "wgmma",
+        "cycles",
+        "bound",
+        "ratio",
+    )
+    return title + _table(headers, rows)
+
+
 def _range(shown: list[str]) -> str:
     return "–".join(dict.fromkeys((shown[0], shown[-1]))) if shown else ""
 
@@ -211,6 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_kernels": cpu_kernels,
     "cpu_models": cpu_models,
     "static": static,
+    "large_tiles": large_tiles,
     "traffic": traffic,
     "model_traffic": model_traffic,
     "op_traffic": op_traffic,
