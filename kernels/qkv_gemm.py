@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusekit.kernels import config_table, gemm
 from fusekit.kernels.config_table import Config
-from fusekit.kernels.gemm import GROUP, MOST_PLANS
-from fusekit.kernels.launch import Repeated, recording
+from fusekit.kernels.gemm import GROUP
+from fusekit.kernels.launch import Plans, Repeated, kind_of
 from fusekit.kernels.qkv_kernels import (
     persistent_columns_kernel,
     persistent_sum_kernel,
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     integers: tuple[int, ...]
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
+_plans = Plans()
 
 
 def project(
@@ -80,30 +80,20 @@ def _alike(weights: Three) -> Three:
 def _start(
     summed: bool, inputs: Three, weights: Three, tensors: list[Any], tf32: bool, config: Config | None
 ) -> None:
-    if recording():
-        plan = _plan(summed, inputs, weights, tf32, config, True)
-    else:
-        key = (summed, tf32, config, weights[0].get_device(), tensors[0].shape[0],
-               *[weight.shape for weight in weights], *map(gemm._kind_of, tensors))  # fmt: skip
-        found = _plans.get(key)
-        if found is None:
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            aligned = not any(t.data_ptr() & 15 for t in (*inputs, *weights))
-            found = _plans[key] = _plan(summed, inputs, weights, tf32, config, aligned)
-        plan = found
+    key = (summed, tf32, config, weights[0].get_device(), tensors[0].shape[0],
+           *[weight.shape for weight in weights], *map(kind_of, tensors))  # fmt: skip
+    plan = _plans(key, lambda: _plan(summed, inputs, weights, tf32, config))
     plan.start(*tensors, *plan.integers)
 
 
-def _plan(
-    summed: bool, inputs: Three, weights: Three, tf32: bool, config: Config | None, aligned: bool
-) -> Plan:
+def _plan(summed: bool, inputs: Three, weights: Three, tf32: bool, config: Config | None) -> Plan:
     M, K = inputs[0].shape[0], weights[0].shape[1]
     features = [weight.shape[0] for weight in weights]
     x = inputs[0]
     kind = "half" if x.dtype.itemsize == 2 else "tf32" if tf32 else "ieee"
     table = gemm._table(x)
-    regular = aligned and K > 0 and all(features) and all(gemm._letter(t) == "n" for t in (*inputs, *weights))
+    read = (*inputs, *weights)
+    regular = K > 0 and all(features) and gemm.aligned(*read) and all(gemm._letter(t) == "n" for t in read)
     if config is None:
         layout = ("nn" if summed else "nt") if regular else "s"
         N, depth = (K, sum(features)) if summed else (sum(features), K)

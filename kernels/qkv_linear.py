@@ -6,8 +6,8 @@ Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762; k and v may 
 grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245. The weights stay three tensors: nothing is
 concatenated.
 
-M rows (tokens), K input features, N = N_q + N_k + N_v output features; e bytes an element. Saved for
-backward: x and the weights, as three layers save them.
+M rows (tokens), K input features, N = N_q + N_k + N_v output features; e bytes an element.
+Saved for backward: x and the weights, as three layers save them.
 
 Forward, GPU: one launch (qkv_kernels.py). It reads x once, (MK + NK + MN) e, where three layers read it three
 times. Backward: grad_x = dq @ w_q + dk @ w_k + dv @ w_v is one product with one accumulator, MK e written;

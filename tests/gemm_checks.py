@@ -11,11 +11,13 @@ from fusekit.kernels.config_table import Config, Row
 DTYPES = {"half": (torch.bfloat16, torch.float16), "tf32": (torch.float32,), "ieee": (torch.float32,)}
 
 
-def rows() -> list[Row]:
-    """Each distinct configuration of all tables once, with all it serves."""
+def rows(epilogue: str = "plain") -> list[Row]:
+    """Each distinct configuration of all tables that serves the epilogue once, with all it serves."""
     found: dict[tuple[str, Config], Row] = {}
     for file in sorted(config_table.FOLDER.glob("*.json")):
         for row in config_table.load(file.stem).rows:
+            if epilogue not in row.epilogues:
+                continue
             before = found.get((row.kind, row.config))
             if before is None or len(row.epilogues) > len(before.epilogues):
                 found[row.kind, row.config] = row

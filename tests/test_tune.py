@@ -143,9 +143,13 @@ def test_every_product_has_a_configuration(target: str) -> None:
         for layout in ("nn", "nt", "tn", "tt", "s"):
             for epilogue in ("plain", "forward", "backward", "dropout"):
                 assert config_table.choose(table, kind, layout, epilogue, 512, 512, 512, False)
+        for layout in ("nn", "nt", "s"):
+            for epilogue in ("qkv", "gated"):
+                assert config_table.choose(table, kind, layout, epilogue, 512, 512, 512, False)
     for entry in table.rows:
         tile, size = entry.config, 2 if entry.kind == "half" else 4
-        shared = tile.num_stages * (tile.m + tile.n) * tile.k * size
+        columns = 2 * tile.n if tile.kernel == "gated" else tile.n
+        shared = tile.num_stages * (tile.m + columns) * tile.k * size
         assert shared <= (config_table.SHARED_MEMORY_OF_ALL if target == "sm_80" else 232_448)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fusekit.kernels import config_table
 from fusekit.kernels.config_table import Row
+from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul
 from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.qkv_gemm import project, sum_products
@@ -43,6 +44,8 @@ def _product(row: Row, layout: str, epilogue: str, splits: int, dtype: torch.dty
     """The widest of the epilogue: the most operands, and the activation that takes the most registers."""
     if epilogue == "qkv":
         return _three_products(row, layout, dtype)
+    if epilogue == "gated":
+        return _two_products(row, layout, dtype)
     options = {"tf32": row.kind == "tf32", "config": row.config, "splits": splits}
     a, b = _operand(M, K, layout[0], dtype), _operand(K, N, layout[-1], dtype)
     output, z, h = (torch.empty(M, N, dtype=dtype) for _ in range(3))
@@ -69,6 +72,15 @@ def _three_products(row: Row, layout: str, dtype: torch.dtype) -> None:
     tf32, biases = row.kind == "tf32", [bias.to(dtype) for bias in biases]
     project(x, weights, [*biases], grads, tf32, row.config)
     sum_products(grads, weights, torch.empty(M, K, dtype=dtype), tf32, row.config)
+
+
+def _two_products(row: Row, layout: str, dtype: torch.dtype) -> None:
+    x = _operand(M, K, layout[0], dtype)
+    weights = [_operand(K, N, layout[-1], dtype).t() for _ in range(2)]
+    h, gate, up = (torch.empty(M, N, dtype=dtype) for _ in range(3))
+    bias = torch.empty(N, dtype=dtype)
+    tf32 = row.kind == "tf32"
+    gated_matmul(x, weights, [bias, bias], "gelu", "gated", h, [gate, up], tf32, row.config)
 
 
 def _operand(rows: int, columns: int, letter: str, dtype: torch.dtype) -> torch.Tensor:
