@@ -131,9 +131,8 @@ def cases() -> dict[str, tuple[Any, Callable[..., Any], tuple[Any, ...]]]:
     mlp = (x, [first], [bias], out, make(K), None, "gelu_tanh", "plain", False, True)
     needs = [True, True, True, False, False, True, False]
     three_grads = [make(M, K), make(M, 128), make(M, 128)]
-    linear, both, qkv = (
-        (m._empty_forward, m._empty_backward) for m in (linear_act, feed_forward, qkv_linear)
-    )
+    modules = (linear_act, feed_forward, qkv_linear)
+    linear, both, qkv = ((module._empty_forward, module._empty_backward) for module in modules)
     return {
         "linear_act forward": (
             linear_act.forward_op, linear[0], (x, first, bias, None, "gelu_tanh", False, True)
