@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from benchmarks.static import gate, large_tiles, record, specialisations
+from benchmarks.static import gate, large_tiles, record, specialisations, specialised
 from fusekit.kernels import config_table
 
 LARGE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}
@@ -64,3 +65,17 @@ def test_it_is_drawn(tmp_path: Any) -> None:
     path = large_tiles.draw(record.read(), tmp_path)
     assert path is not None and "128×256×64" in path.read_text(encoding="utf-8")
     assert large_tiles.draw({}, tmp_path) is None
+
+
+def test_no_row_asks_for_warp_specialisation_and_the_evidence_says_why() -> None:
+    """Where compilers one day make something better of it, the record is made anew and the test fails."""
+    builds = json.loads(specialised.FILE.read_text(encoding="utf-8"))["builds"]
+    assert set(builds) == {f"triton {v} {arch}" for v in ("3.6", "3.8") for arch in specialised.TARGETS}
+    for by_tile in builds.values():
+        pairs = [(by_tile[tile.removesuffix(", specialised")], figures) for tile, figures in by_tile.items()
+                 if tile.endswith(", specialised")]  # fmt: skip
+        assert len(pairs) == len(specialised.TILES)
+        for plain, special in pairs:
+            assert "error" in special or special["ratio"] >= plain["ratio"]
+    for file in config_table.FOLDER.glob("*.json"):
+        assert not any(row.config.specialise for row in config_table.load(file.stem).rows)
