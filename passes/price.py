@@ -23,12 +23,6 @@ from fusekit.passes.region import Fusion, Region
 
 LEAST_GAIN = 0.9  # estimated gains below this are reverted
 
-# Three layers of one input: what their reads of it, their gradients of it and the two sums of those move
-# beside qkv_linear, in elements of the input; and the share of the products' time that this must be, since a
-# library's product may be faster than ours by a few percent.
-QKV_PASSES = 10
-LEAST_SHARE = 0.05
-
 # On a CPU an op is a composition of library calls: the share of the intermediates' traffic that remains, and
 # who runs.
 CPU_PATHS = {
@@ -62,7 +56,7 @@ def price(region: Region) -> None:
                     "at this size starting the op costs more than it saves"
                 )
             if reason is not None:
-                _put_back(module, node)
+                put_back(module, node)
                 region.fusions[:] = [f for f in region.fusions if f is not fusion]
                 region.refuse(fusion.op, fusion.location, reason, fusion.rule)
                 reverted = True
@@ -76,21 +70,6 @@ def _declined(node: fx.Node) -> str | None:
     value = tensors_of(node.meta["val"])[0]
     if node.meta["fusion"].op == "rope" and not on_gpu(value) and value.dtype in LOW_PRECISION:
         return "on a CPU a 16-bit rotation is widened to round once, and takes as long as eager's five passes"
-    return _declined_projections(node, value) if node.meta["fusion"].op == "qkv_linear" else None
-
-
-def _declined_projections(node: fx.Node, value: Tensor) -> str | None:
-    if not on_gpu(value):
-        return "on a CPU three linears of one input take as long one by one: the products are all of the time"
-    x = _inputs(node)[0]
-    saved = roofline(0, QKV_PASSES * bytes_of([x]), value).seconds
-    flops = 3 * node.meta["fusion"].flops  # forward, and twice as many backward
-    products = roofline(flops, 0, value, tf32=bool(node.kwargs.get("tf32"))).seconds
-    if saved < LEAST_SHARE * products:
-        return (
-            f"the traffic it saves is {saved / products:.1%} of the products' time on {_device(node)}: "
-            f"below {LEAST_SHARE:.0%} the library's products are left alone"
-        )
     return None
 
 
@@ -147,7 +126,7 @@ def _inputs(node: fx.Node) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def _put_back(module: fx.GraphModule, node: fx.Node) -> None:
+def put_back(module: fx.GraphModule, node: fx.Node) -> None:
     """The replaced nodes in the place of the fused one."""
     fusion: Fusion = node.meta["fusion"]
     assert fusion.eager is not None

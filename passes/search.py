@@ -83,7 +83,8 @@ class Search:
     def candidates(self, p: fx.Node, state: State) -> list[fx.Node]:
         """Free nodes of the root's module near what is known of p's arguments, in graph order."""
         known = [self.known(a, state) for a in self.pattern.spelled[p].args if isinstance(a, fx.Node)]
-        found, level = set(), {node for node in known if isinstance(node, fx.Node)}
+        found: set[fx.Node] = set()
+        level = {node for node in known if isinstance(node, fx.Node)}
         for _ in range(REACH):
             level = {user for node in level for user in node.users} - found
             found |= level

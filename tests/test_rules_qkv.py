@@ -12,10 +12,11 @@ from rule_checks import Functional, calls, capture, check, reasons, sites
 from torch import Tensor, nn
 
 import fusekit
-from fusekit.passes import price as pricing
+from fusekit.passes import cost, price, projections
 from fusekit.passes.config import Config
 from fusekit.passes.region import Region, Settings
 from fusekit.passes.rules.linear import conv1d
+from fusekit.session import session
 
 X = torch.randn(2, 3, 8)
 ONLY = Settings(fuse=frozenset({"qkv_linear"}))
@@ -231,27 +232,50 @@ def test_under_an_activation_checkpoint() -> None:
     assert sites(check(Model(), X))["qkv_linear"] == 1
 
 
-def priced(on_gpu: bool, features: int) -> Region:
-    """Three linears of that many features, fused and priced."""
-    _, (region,) = capture(three(*[(features, features)] * 3), torch.randn(64, features), settings=ONLY)
-    with mock.patch.object(pricing, "on_gpu", lambda x: on_gpu):
-        pricing.price(region)
+def after_declining(on_gpu: bool, features: int, precision: str = "keep") -> Region:
+    """Three linears of that many features, fused, and undone where they do not pay."""
+    settings = Settings(fuse=frozenset({"qkv_linear"}), precision=precision)
+    _, (region,) = capture(three(*[(features, features)] * 3), torch.randn(64, features), settings=settings)
+    with mock.patch.object(projections, "on_gpu", lambda x: on_gpu):
+        projections.decline_projections(region)
     return region
 
 
-def test_it_is_refused_where_it_does_not_pay() -> None:
-    assert "on a CPU" in priced(False, 32).refusals[0].reason
-    assert priced(True, 32).fusions and not priced(True, 32).refusals
-    with mock.patch.object(pricing, "LEAST_SHARE", 10.0):
-        region = priced(True, 32)
+def test_it_is_undone_where_it_does_not_pay() -> None:
+    assert "on a CPU" in after_declining(False, 32).refusals[0].reason
+    assert after_declining(True, 32).fusions and not after_declining(True, 32).refusals
+    with mock.patch.object(projections, "LEAST_SHARE", 10.0):
+        region = after_declining(True, 32)
         assert "of the products' time" in region.refusals[0].reason and not region.fusions
-        assert sum("linear" in str(n.target) for n in region.module.graph.nodes) == 3
+        assert sum("aten.linear" in str(n.target) for n in region.module.graph.nodes) == 3
+
+
+def test_precision_decides_what_the_products_cost() -> None:
+    """A device whose products in float32 take 100 times as long as in 16 bits."""
+    device = cost.Device(name="test", float32=1e12, tf32=1e13, low=1e14, bandwidth=1e12)
+    with mock.patch.object(projections, "device_of", lambda value: device):
+        kept = {p: bool(after_declining(True, 64, p).fusions) for p in ("keep", "tf32", "bf16", "fp16")}
+    # 10 x 64 e bytes against 3 x 2 x 64 x 192 FLOPs for each token
+    assert kept == {"keep": False, "tf32": True, "bf16": True, "fp16": True}
+
+
+@pytest.mark.parametrize("precision", ["keep", "bf16"])
+def test_what_was_undone_is_lowered_like_any_linear(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that emulates 16-bit products linears become linear_act, those that were undone as well."""
+    monkeypatch.setattr("fusekit.passes.lowering.multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("fusekit.kernels.linear_cpu.multiplies", lambda dtype: dtype == torch.float32)
+    model = fusekit.optimize(Attention(bias=True), precision=precision)
+    model(X).sum().backward()
+    (region,) = [c.region for c in session(model).regions]
+    targets = [str(n.target) for n in region.module.graph.nodes]
+    assert not any("qkv_linear" in t for t in targets)
+    assert sum("linear_act" in t for t in targets) == (0 if precision == "keep" else 4)
 
 
 @pytest.fixture
 def fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing, "_declined_projections", lambda node, value: None)
-    monkeypatch.setattr(pricing, "LEAST_GAIN", 0.0)
+    monkeypatch.setattr(projections, "_reason", lambda node, fusion, precision: None)
+    monkeypatch.setattr(price, "LEAST_GAIN", 0.0)
 
 
 def test_strict_does_not_ask_for_it() -> None:

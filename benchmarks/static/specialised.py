@@ -32,9 +32,9 @@ KEPT = ("registers", "spills", "shared", "warps", "cycles", "bound", "ratio")
 def specialisations() -> Iterator[Specialisation]:
     """The forward epilogue on bfloat16, each tile with and without."""
     with FakeTensorMode():
-        for *tile, warps, stages in TILES:
+        for m, n, k, warps, stages in TILES:
             for wanted in (False, True):
-                config = Config("persistent", *tile, warps, stages, 4, wanted)
+                config = Config("persistent", m, n, k, warps, stages, 4, wanted)
                 row = Row("half", ("nt",), ("forward",), config, 1)
                 (start,) = products.launches(row, "sm_90", torch.bfloat16)
                 yield replace(specialise(start), targets=TARGETS)
