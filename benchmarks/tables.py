@@ -17,6 +17,8 @@ from benchmarks.models.providers import REFERENCE
 from benchmarks.models.view import grouped, values
 from benchmarks.precision_quality import rows as quality_rows
 from benchmarks.results_file import CHECKOUT, RESULTS, read_results
+from benchmarks.static.large_tiles import LIMIT
+from benchmarks.static.large_tiles import tiles as static_large_tiles
 from benchmarks.traffic.counting import launches, moved
 from fusekit.kernels import OPS
 from fusekit.passes.rules import RULES
@@ -150,6 +152,35 @@ def static() -> str:
     return title + _table(headers, rows)
 
 
+def large_tiles() -> str:
+    found = _load("static.json")
+    if found is None:
+        return "The static lane's record has not been written yet.\n"
+    rows = [
+        (f"`{t.kernel}`", t.operands, t.tile, t.stages, t.builds, t.spills, t.wgmma, t.cycles, t.bound,
+         f"{t.ratio:.2f}")
+        for t in static_large_tiles(found["kernels"])
+    ]  # fmt: skip
+    title = (
+        "Products by large tiles on sm_90 (accumulators of 128×128 and more), Triton 3.6: the most cycles "
+        "that issuing a step of K takes an SM, over all layouts and epilogues, beside the tensor cores' "
+        f"cycles for it. The static lane fails above {LIMIT}, not measured:\n\n"
+    )
+    headers = (
+        "kernel",
+        "operands",
+        "tile",
+        "stages",
+        "builds",
+        "spills",
+        "wgmma",
+        "cycles",
+        "bound",
+        "ratio",
+    )
+    return title + _table(headers, rows)
+
+
 def _range(shown: list[str]) -> str:
     return "–".join(dict.fromkeys((shown[0], shown[-1]))) if shown else ""
 
@@ -228,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_models": cpu_models,
     "quality": quality,
     "static": static,
+    "large_tiles": large_tiles,
     "traffic": traffic,
     "model_traffic": model_traffic,
     "op_traffic": op_traffic,

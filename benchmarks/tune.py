@@ -14,8 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +25,17 @@ from torch import Tensor
 
 from benchmarks.clock import Clock, CudaClock, samples
 from benchmarks.results_file import environment, write_results
+from benchmarks.tune_products import (
+    Operands,
+    Problem,
+    Product,
+    dry_product,
+    exact,
+    operands,
+    result,
+    start,
+    start_dry,
+)
 from fusekit.kernels import config_table, gemm
 from fusekit.kernels.config_table import Row, Table
 
@@ -41,26 +53,10 @@ MOST_COPIES = 4
 SECONDS = 0.15  # of timing for one candidate
 TOLERANCE = {"half": 1.1, "tf32": 1.0, "ieee": 1.0}  # half: roundings to the dtype; float32: see `wrong`
 
-Product = Callable[..., None]
-
-
-class Problem(NamedTuple):
-    """One product to tune: what `config_table.choose` is asked."""
-
-    kind: str
-    layout: str
-    epilogue: str
-    M: int
-    N: int
-    K: int
-
-    @property
-    def key(self) -> str:
-        return config_table.shape_key(*self)
-
 
 def problems(linears: Sequence[tuple[int, int, int]] = LINEARS) -> list[Problem]:
-    """Each bucket once: the forward product with and without epilogue, and both gradients."""
+    """Each bucket once: the forward product with and without epilogue, and both gradients; then, of layers
+    that widen or keep their input, as the first products of a gated layer and as three of one input."""
     found: dict[str, Problem] = {}
     for kind in KINDS:
         for M, N, K in linears:
@@ -73,6 +69,16 @@ def problems(linears: Sequence[tuple[int, int, int]] = LINEARS) -> list[Problem]
             ):
                 problem = Problem(kind, layout, epilogue, *sizes)
                 found.setdefault(problem.key, problem)
+    for kind in KINDS:
+        for M, N, K in linears:
+            for layout, epilogue, sizes in (
+                ("nt", "gated", (M, N, K)),
+                ("nt", "qkv", (M, N, K)),
+                ("nn", "qkv", (M, K, N)),
+            ):
+                if N >= K:
+                    problem = Problem(kind, layout, epilogue, *sizes)
+                    found.setdefault(problem.key, problem)
     return list(found.values())
 
 
@@ -113,7 +119,7 @@ def run(
     table = config_table.load(base)
     held = _start(path, name, base, table, device)
     clock = clock or (None if dry else CudaClock())
-    product = product or (_dry_product if dry else gemm.matmul)
+    product = partial(start_dry if dry else start, product or (dry_product if dry else gemm.matmul))
     end = time.monotonic() + 60 * minutes
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -186,12 +192,12 @@ def _tune(
     candidates: dict[str, tuple[Row, int]] = {}
     tried: dict[str, Any] = {}
     copies = _copies(problem, device)
-    exact = _exact(problem, copies[0])
+    truth = exact(problem, copies[0])
     for row, splits in _candidates(table, problem):
         label = _label(row, splits)
         try:
-            _call(product, problem, row, splits, copies[0])
-            reason = wrong(copies[0]["output"], exact, problem)
+            product(problem, row, splits, copies[0])
+            reason = wrong(result(copies[0]), truth, problem)
         except Exception as error:  # one that fails must not hide the others
             reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         if reason is not None:
@@ -199,8 +205,8 @@ def _tune(
             console.print(f"{problem.key}: {label}: {reason}", style="red", highlight=False, markup=False)
             continue
         candidates[label] = row, splits
-        calls[label] = [_bound(product, problem, row, splits, copy) for copy in copies]
-    del exact
+        calls[label] = [partial(product, problem, row, splits, copy) for copy in copies]
+    del truth
     if clock is None:
         times = {label: _predicted(problem, table, *candidates[label]) for label in candidates}
     else:
@@ -234,59 +240,12 @@ def _candidates(table: Table, problem: Problem) -> Iterator[tuple[Row, int]]:
             yield from ((row, splits) for splits in SPLITS if splits <= max(1, most))
 
 
-def _copies(problem: Problem, device: torch.device) -> list[dict[str, Tensor]]:
+def _copies(problem: Problem, device: torch.device) -> list[Operands]:
     dtype = KINDS[problem.kind]
     M, N, K = problem[3:]
     size = (M * K + K * N + M * N) * dtype.itemsize
     count = 1 if device.type == "cpu" else min(MOST_COPIES, max(1, -(-COLD_BYTES // size)))
-    return [_operands(problem, dtype, device) for _ in range(count)]
-
-
-def _operands(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    _, layout, epilogue, M, N, K = problem
-
-    def make(rows: int, columns: int, letter: str) -> Tensor:
-        shape = (rows, columns) if letter == "n" else (columns, rows)
-        made = torch.randn(shape, device=device, dtype=dtype)
-        return made if letter == "n" else made.t()
-
-    held = {"a": make(M, K, layout[0]), "b": make(K, N, layout[1]) * K**-0.5}
-    held["output"] = torch.empty(M, N, device=device, dtype=dtype)
-    if epilogue == "forward":
-        held["bias"] = torch.randn(N, device=device, dtype=dtype)
-        held["z"] = torch.empty(M, N, device=device, dtype=dtype)
-    if epilogue == "backward":
-        held["z"] = torch.randn(M, N, device=device, dtype=dtype)
-        held["grad_bias"] = torch.empty(N, device=device, dtype=dtype)
-    return held
-
-
-def _call(product: Product, problem: Problem, row: Row, splits: int, operands: dict[str, Tensor]) -> None:
-    act = {"forward": {"act": "gelu_tanh"}, "backward": {"dact": "gelu_tanh"}}.get(problem.epilogue, {})
-    options: dict[str, Any] = {"tf32": problem.kind == "tf32", "config": row.config, "splits": splits}
-    product(**operands, **act, **options)
-
-
-def _bound(
-    product: Product, problem: Problem, row: Row, splits: int, operands: dict[str, Tensor]
-) -> Callable[[], None]:
-    return lambda: _call(product, problem, row, splits, operands)
-
-
-def _exact(problem: Problem, operands: dict[str, Tensor]) -> Tensor:
-    """The result in float64 for float32 operands; 16-bit ones multiply exactly in float32, which suffices."""
-    wide = torch.float32 if problem.kind == "half" else torch.float64
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        product = operands["a"].to(wide) @ operands["b"].to(wide)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    if problem.epilogue == "forward":
-        return torch.nn.functional.gelu(product + operands["bias"].to(wide), approximate="tanh")
-    if problem.epilogue == "backward":
-        return torch.ops.aten.gelu_backward(product, operands["z"].to(wide), approximate="tanh")
-    return product
+    return [operands(problem, dtype, device) for _ in range(count)]
 
 
 def wrong(output: Tensor, exact: Tensor, problem: Problem) -> str | None:
@@ -305,14 +264,6 @@ def wrong(output: Tensor, exact: Tensor, problem: Problem) -> str | None:
     if (difference > 1.6 * rounding + 8 * eps * size + 1e-6 * size.mean()).any():
         return f"row {int((difference / size).argmax())} of its result is wrong"
     return None
-
-
-def _dry_product(a: Tensor, b: Tensor, output: Tensor, **options: Any) -> None:
-    operands = {"a": a, "b": b} | {k: v for k, v in options.items() if isinstance(v, Tensor)}
-    epilogue = "forward" if "act" in options else "backward" if "dact" in options else "plain"
-    kind = "half" if a.dtype != torch.float32 else "ieee"
-    (M, K), N = a.shape, b.shape[1]
-    output.copy_(_exact(Problem(kind, "nn", epilogue, M, N, K), operands))
 
 
 def _predicted(problem: Problem, table: Table, row: Row, splits: int) -> float:

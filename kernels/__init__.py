@@ -10,6 +10,7 @@ if __name__ == "fusekit.kernels":
         linear_cross_entropy,
         linear_fp8,
         mlp,
+        qkv_linear,
         rms_norm_rope,
         rope,
     )
@@ -23,6 +24,7 @@ if __name__ == "fusekit.kernels":
         "linear_act": linear_act.OP,
         "linear_cross_entropy": linear_cross_entropy.OP,
         "mlp": mlp.OP,
+        "qkv_linear": qkv_linear.OP,
         "rms_norm_rope": rms_norm_rope.OP,
         "rope": rope.OP,
     }

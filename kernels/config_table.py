@@ -8,7 +8,8 @@ For a shape the one with the least predicted time is taken. `configs/<device>.js
 A row is a configuration and what it serves:
     kind        half (float16, bfloat16), tf32 or ieee (float32 with and without tensor cores)
     layouts     two letters, a then b: n where rows are contiguous, t where columns are; s for any strides
-    epilogues   plain, forward, backward, dropout: what rides on the product, by the registers it takes
+    epilogues   plain, forward, backward, dropout: what rides on the product, by the registers it takes;
+                qkv: three products of one input (qkv_kernels.py); gated: two side by side (gated_gemm.py)
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ MOST_SPLITS = 16
 
 
 class Config(NamedTuple):
-    """How one product is computed; `kernel` is "tile" or "persistent", `parts` those of the epilogue."""
+    """How one product is computed; `kernel` is "tile", "persistent" or "gated", `parts` those of the
+    epilogue."""
 
     kernel: str
     m: int
@@ -189,7 +191,8 @@ def predict(row: Row, M: int, N: int, K: int, splits: int, sms: int) -> float:
     tiles = _up(M, config.m) * _up(N, config.n) * splits
     steps = _up(_up(K, config.k), splits)
     size = 2 if row.kind == "half" else 4
-    loop = max(row.cycles, (config.m + config.n) * config.k * size / L2_BYTES)
+    columns = 2 * config.n if config.kernel == "gated" else config.n  # of two weights
+    loop = max(row.cycles, (config.m + columns) * config.k * size / L2_BYTES)
     # Where several programs share a multiprocessor, one's epilogue hides behind another's loop.
     around = (TILE_CYCLES + EPILOGUE_CYCLES * config.m * config.n) / row.resident
     cycles = _up(tiles, sms) * (steps * loop + around)

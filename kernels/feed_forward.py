@@ -33,9 +33,9 @@ from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul, sum_partials
 from fusekit.kernels.hidden_cpu import PACKED, parts, stores_hidden
-from fusekit.kernels.launch import launch, on_gpu
+from fusekit.kernels.launch import Plans, Repeated, kind_of, on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
-from fusekit.kernels.linear_act import _dact, _optional_rows, _rows, _shape, _use_tf32
+from fusekit.kernels.linear_act import _dact, _optional_rows, _rows, _shape, _use_tf32, share_rows
 from fusekit.kernels.linear_cpu import mixes
 from fusekit.kernels.op import not_runnable
 
@@ -144,24 +144,34 @@ def _hidden_pass(
     """h (M, H), and with dh dz of each weight and the float32 partial sums of its columns."""
     z, up = parts(saved, form)
     M, H = z.shape
+    key = act, form, with_h, with_bias, M, H, z.get_device(), *map(kind_of, (z, up, dh))
+    start, programs, rows = _hidden_passes(key, lambda: _plan_hidden_pass(M, H, act))
     h = z.new_empty((M, H)) if with_h else None
     dzs = [] if dh is None else [torch.empty_like(t) for t in saved]
     if dh is not None and form == "gated":
         dzs[0] = dh  # dgate takes the place of dh
-    blocks, steps = triton.cdiv(H, BLOCK_N), triton.cdiv(M, BLOCK_M)
-    per_program = triton.cdiv(steps, max(1, min(steps, PROGRAMS // max(blocks, 1))))
-    programs = max(1, triton.cdiv(steps, max(1, per_program)))
     partials = [dz.new_empty((programs, dz.shape[1]), dtype=torch.float32) for dz in dzs if with_bias]
     dgate, dup = parts(dzs, form) if dzs else (None, None)
     partial, partial_up = parts(partials, form) if partials else (None, None)
-    launch(
-        _hidden_backward_kernel, (blocks, programs),
-        dh, z, up, dgate, dup, h, partial, partial_up, M, H, per_program * BLOCK_M,
+    start(
+        dh, z, up, dgate, dup, h, partial, partial_up, M, H, rows,
         z.stride(0), 0 if dgate is None else dgate.stride(0), 0 if partial is None else partial.stride(0),
+    )  # fmt: skip
+    return h, dzs, partials
+
+
+_hidden_passes = Plans()
+
+
+def _plan_hidden_pass(M: int, H: int, act: str) -> tuple[Repeated, int, int]:
+    """The start, the programs that share the rows, and the rows of each."""
+    programs, rows = share_rows(M, H, BLOCK_M, BLOCK_N, PROGRAMS)
+    start = Repeated(
+        _hidden_backward_kernel, (triton.cdiv(H, BLOCK_N), programs),
         ACT=ACTIVATIONS[act].kernel, BACKWARD=ACTIVATIONS[act].kernel_backward,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return h, dzs, partials
+    return start, programs, rows
 
 
 def _backward_triton(

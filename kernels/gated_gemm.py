@@ -7,35 +7,34 @@ r"""Two products of one operand in one kernel, and what a gated layer makes of t
 Each tile of x is read once for both. gate and up are stored only where backward needs them, and h comes from
 the accumulators, before they are rounded. A packed weight is two views of one.
 
-TILES holds what compiles clean for sm_80, sm_90 and sm_100 with Triton 3.6 and 3.8: two accumulators in the
-registers of one.
+Which configuration runs is the tables' choice: rows with the epilogue "gated" (config_table.py), which two
+accumulators in the registers of one leave small.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
+from fusekit.kernels import config_table, gemm
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.activations import ACTIVATIONS
+from fusekit.kernels.config_table import Config
 from fusekit.kernels.hidden_cpu import parts
-from fusekit.kernels.launch import launch
+from fusekit.kernels.launch import Plans, Repeated, kind_of
 
 GROUP_M = tl.constexpr(8)
-SMS = 132  # streaming multiprocessors of an H100 or H200; only the choice of a tile rests on it
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); ragged: rows are not 16 bytes apart.
-TILES = {
-    ("half", "large"): (128, 64, 64, 8, 3),
-    ("half", "small"): (64, 32, 64, 4, 4),
-    ("half", "ragged"): (64, 32, 32, 8, 2),
-    ("tf32", "large"): (64, 32, 32, 8, 4),
-    ("tf32", "small"): (64, 32, 32, 8, 4),
-    ("tf32", "ragged"): (64, 32, 32, 8, 2),
-    ("ieee", "large"): (32, 32, 16, 4, 3),
-    ("ieee", "small"): (32, 32, 16, 4, 3),
-    ("ieee", "ragged"): (32, 32, 16, 4, 2),
-}
+
+class Plan(NamedTuple):
+    """integers: the kernel's sizes and strides."""
+
+    start: Repeated
+    integers: tuple[int, ...]
+
+
+_plans = Plans()
 
 
 @triton.jit
@@ -101,6 +100,7 @@ def gated_matmul(
     h: Tensor,
     saved: list[Tensor],
     tf32: bool,
+    config: Config | None = None,
 ) -> None:
     """Compute act(gate) * up into `h`, and gate and up into `saved`.
 
@@ -111,35 +111,45 @@ def gated_matmul(
         form: "gated" of two weights, "gate_up" or "up_gate" of one.
         h: (M, H) contiguous.
         saved: nothing, or contiguous (M, H) for each weight, (M, 2 H) where packed.
+        config: instead of the table's choice, for tuning and tests.
     """
     gate_weight, up_weight = parts([weight.t() for weight in weights], form)
     gate_bias, up_bias = _bias_parts(biases, form)
     gate, up = parts(saved, form) if saved else (None, None)
     assert up_weight is not None
+    tensors = (x, gate_weight, up_weight, gate_bias, up_bias, gate, up, h)
+    key = (act, tf32, config, x.get_device(), x.shape, h.shape, *map(kind_of, tensors))
+    plan = _plans(key, lambda: _plan(x, gate_weight, up_weight, gate, h, act, tf32, config))
+    plan.start(*tensors, *plan.integers)
+
+
+def _plan(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate: Tensor | None,
+    h: Tensor,
+    act: str,
+    tf32: bool,
+    config: Config | None,
+) -> Plan:
     (M, K), N = x.shape, h.shape[1]
-    kind = "half" if x.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    size = "ragged"
-    if all(map(_aligned, (x, gate_weight, up_weight))):
-        large = TILES[kind, "large"]
-        size = "large" if triton.cdiv(M, large[0]) * triton.cdiv(N, large[1]) >= SMS * 3 // 4 else "small"
-    block_m, block_n, block_k, num_warps, num_stages = TILES[kind, size]
-    launch(
-        _gated_kernel, (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),),
-        x, gate_weight, up_weight, gate_bias, up_bias, gate, up, h, M, N, K, *x.stride(),
-        *gate_weight.t().stride(), *up_weight.t().stride(), 0 if gate is None else gate.stride(0),
-        ACT=ACTIVATIONS[act].kernel, PRECISION="tf32" if tf32 else "ieee", EVEN_K=K % block_k == 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
+    if config is None:
+        kind = "half" if x.dtype.itemsize == 2 else "tf32" if tf32 else "ieee"
+        layouts = {gemm._layout(x, weight) for weight in (gate_weight, up_weight)}
+        regular = gemm.aligned(x, gate_weight, up_weight) and layouts in ({"nt"}, {"nn"})
+        layout = layouts.pop() if regular else "s"
+        config, _ = config_table.choose(gemm._table(x), kind, layout, "gated", M, N, K, False)
+    start = Repeated(
+        _gated_kernel, (-(-M // config.m) * -(-N // config.n),), ACT=ACTIVATIONS[act].kernel,
+        PRECISION="tf32" if tf32 else "ieee", EVEN_K=K % config.k == 0, BLOCK_M=config.m, BLOCK_N=config.n,
+        BLOCK_K=config.k, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    strides = (*x.stride(), *gate_weight.t().stride(), *up_weight.t().stride())
+    return Plan(start, (M, N, K, *strides, 0 if gate is None else gate.stride(0)))
 
 
 def _bias_parts(biases: list[Tensor | None], form: str) -> tuple[Tensor | None, Tensor | None]:
     if form == "gated":
         return biases[0], biases[1]
     return (None, None) if biases[0] is None else parts([biases[0]], form)
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether 16 bytes of x load at once."""
-    row, column = x.stride()
-    elements = 16 // x.element_size()
-    return min(row, column) == 1 and max(row, column) % elements == 0 and x.storage_offset() % elements == 0

@@ -26,11 +26,10 @@ from fusekit.kernels._triton import triton
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.config_table import Config
 from fusekit.kernels.gemm_kernels import persistent_kernel, sum_kernel, tile_kernel
-from fusekit.kernels.launch import Repeated, recorded_target, recording
+from fusekit.kernels.launch import Plans, Repeated, kind_of, recorded_target, recording
 
 GROUP = 8  # block rows that neighbouring programs share
 SUM_ELEMENTS = 2048  # of partial sums that one program reads at once
-MOST_PLANS = 4096  # then all are dropped: shapes that never come again must not fill the memory
 
 
 class Plan(NamedTuple):
@@ -47,8 +46,8 @@ class Plan(NamedTuple):
     swapped: bool
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-_sums: dict[tuple[Any, ...], Repeated] = {}
+_plans = Plans()
+_sums = Plans()
 
 
 def matmul(
@@ -91,17 +90,8 @@ def matmul(
     """
     seed = seed if dropout else None
     tensors = (a, b, output, bias, residual, z, h, grad_bias, seed)
-    if recording():
-        plan = _plan(tensors, act, tf32, dact, config, splits, 0)
-    else:
-        key = (act, dact, tf32, config, splits, a.get_device(), a.shape, b.shape, *map(_kind_of, tensors))
-        found = _plans.get(key)
-        if found is None:
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            aligned = all(t is None or not t.data_ptr() & 15 for t in (a, b))
-            found = _plans[key] = _plan(tensors, act, tf32, dact, config, splits, 0 if aligned else 1)
-        plan = found
+    key = (act, dact, tf32, config, splits, a.get_device(), a.shape, b.shape, *map(kind_of, tensors))
+    plan = _plans(key, lambda: _plan(tensors, act, tf32, dact, config, splits))
     if plan.swapped:
         a, b, output = b.t(), a.t(), output.t()
     target, partials = output, None
@@ -119,10 +109,6 @@ def matmul(
         sum_partials(partials, grad_bias)
 
 
-def _kind_of(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15)
-
-
 def _plan(
     tensors: tuple[Any, ...],
     act: str,
@@ -130,7 +116,6 @@ def _plan(
     dact: str | None,
     config: Config | None,
     splits: int,
-    misaligned: int,
 ) -> Plan:
     a, b, output, _, residual, _, _, _, seed = tensors
     plain = all(t is None for t in tensors[3:]) and act == "none" and dact is None
@@ -140,7 +125,7 @@ def _plan(
     (M, K), N = a.shape, b.shape[1]
     kind = "half" if a.dtype != torch.float32 else "tf32" if tf32 else "ieee"
     if config is None:
-        layout = "s" if misaligned else _layout(a, b)
+        layout = _layout(a, b) if aligned(a, b) else "s"
         epilogue = "plain" if plain else "dropout" if seed is not None else "backward" if dact else "forward"
         # Split partials are laid out in rows, as only a contiguous output is.
         splittable = plain and output.is_contiguous()
@@ -186,6 +171,11 @@ def _layout(a: Tensor, b: Tensor) -> str:
     return "s" if "s" in letters or not a.shape[1] else letters
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Whether the tensors begin where 16 bytes load at once, which no fake tensor says of its memory."""
+    return recording() or not any(t.data_ptr() & 15 for t in tensors)
+
+
 def _letter(x: Tensor) -> str:
     elements = 16 // x.element_size()
     if x.storage_offset() % elements:
@@ -200,15 +190,11 @@ def _letter(x: Tensor) -> str:
 def sum_partials(partials: Tensor, total: Tensor) -> None:
     """Add (P, ...) float32 partials in a fixed order into `total`, of the remaining shape and contiguous."""
     P, N = partials.shape[0], total.numel()
-    key = P, N, total.dtype, total.get_device(), 0 if recording() else total.data_ptr() & 15
-    start = _sums.get(key)
-    if start is None:
-        if len(_sums) >= MOST_PLANS:
-            _sums.clear()
-        block_p = min(32, triton.next_power_of_2(max(P, 1)))  # P is 0 of an empty batch
-        block_n = SUM_ELEMENTS // block_p
-        grid = (-(-N // block_n),)
-        start = Repeated(sum_kernel, grid, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)
-        if not recording():
-            _sums[key] = start
+    start = _sums((P, N, total.get_device(), kind_of(total)), lambda: _plan_sum(P, N))
     start(partials, total, P, N)
+
+
+def _plan_sum(P: int, N: int) -> Repeated:
+    block_p = min(32, triton.next_power_of_2(max(P, 1)))  # P is 0 of an empty batch
+    block_n = SUM_ELEMENTS // block_p
+    return Repeated(sum_kernel, (-(-N // block_n),), BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)

@@ -10,12 +10,14 @@ import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusekit.kernels._triton import triton
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,34 @@ class Repeated:
             names = self._kernel.arg_names[len(args) :]
             self._constants = tuple(self._meta[name] for name in names)
             self._run = compiled[self._grid]
+
+
+MOST_PLANS = 4096  # then all are dropped: shapes that never come again must not fill the memory
+
+
+class Plans:
+    """What is settled once for each kind of call: the host's time counts as well."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, key: tuple[Any, ...], settle: Callable[[], T]) -> T:
+        """What `settle` returned for an equal key; while recording it is asked each time."""
+        if _recorded is not None:
+            return settle()
+        found = self.held.get(key)
+        if found is None:
+            if len(self.held) >= MOST_PLANS:
+                self.held.clear()
+            found = self.held[key] = settle()
+        return found
+
+
+def kind_of(x: Tensor | None) -> tuple[Any, ...] | None:
+    """What Triton specialises a pointer on, and its strides; nothing where fake tensors are recorded."""
+    if x is None or _recorded is not None:
+        return None
+    return x.dtype, x.stride(), x.data_ptr() & 15
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:

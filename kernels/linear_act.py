@@ -37,7 +37,7 @@ from fusekit.kernels import linear_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.gemm import matmul, sum_partials
-from fusekit.kernels.launch import launch, on_gpu
+from fusekit.kernels.launch import Plans, Repeated, kind_of, on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample, not_runnable
 
@@ -87,22 +87,37 @@ DACT_BLOCK_M, DACT_BLOCK_N, DACT_WARPS = 16, 128, 4
 DACT_PROGRAMS = 1024  # about 8 of 4 warps for each of 132 multiprocessors
 
 
+_dacts = Plans()
+
+
 def _dact(grad: Tensor, saved: Tensor | None, act: str, with_bias: bool) -> tuple[Tensor, Tensor | None]:
     """dz (M, N), grad itself where act is "none", and the float32 (P, N) partial sums of its columns."""
+    if saved is None and not with_bias:
+        return grad, None
     M, N = grad.shape
+    key = act, with_bias, M, N, grad.get_device(), kind_of(grad), kind_of(saved)
+    start, programs, rows = _dacts(key, lambda: _plan_dact(M, N, act))
     dz = None if saved is None else torch.empty((M, N), dtype=grad.dtype, device=grad.device)
-    blocks = triton.cdiv(N, DACT_BLOCK_N)
-    steps = triton.cdiv(M, DACT_BLOCK_M)
-    per_program = triton.cdiv(steps, max(1, min(steps, DACT_PROGRAMS // max(blocks, 1))))
-    programs = max(1, triton.cdiv(steps, max(1, per_program)))
     partials = grad.new_empty((programs, N), dtype=torch.float32) if with_bias else None
-    if dz is not None or partials is not None:
-        launch(
-            _dact_kernel, (blocks, programs), grad, saved, dz, partials, M, N, per_program * DACT_BLOCK_M,
-            grad.stride(0), BACKWARD=ACTIVATIONS[act].kernel_backward,
-            BLOCK_M=DACT_BLOCK_M, BLOCK_N=DACT_BLOCK_N, num_warps=DACT_WARPS,
-        )  # fmt: skip
+    start(grad, saved, dz, partials, M, N, rows, grad.stride(0))
     return (grad if dz is None else dz), partials
+
+
+def _plan_dact(M: int, N: int, act: str) -> tuple[Repeated, int, int]:
+    """The start, the programs that share the rows, and the rows of each."""
+    programs, rows = share_rows(M, N, DACT_BLOCK_M, DACT_BLOCK_N, DACT_PROGRAMS)
+    start = Repeated(
+        _dact_kernel, (triton.cdiv(N, DACT_BLOCK_N), programs), BACKWARD=ACTIVATIONS[act].kernel_backward,
+        BLOCK_M=DACT_BLOCK_M, BLOCK_N=DACT_BLOCK_N, num_warps=DACT_WARPS,
+    )  # fmt: skip
+    return start, programs, rows
+
+
+def share_rows(M: int, N: int, block_m: int, block_n: int, most: int) -> tuple[int, int]:
+    """How many programs share M rows where `most` programs share all, and the rows of each."""
+    steps = triton.cdiv(M, block_m)
+    per_program = triton.cdiv(steps, max(1, min(steps, most // max(triton.cdiv(N, block_n), 1))))
+    return max(1, triton.cdiv(steps, max(1, per_program))), per_program * block_m
 
 
 def _forward_triton(

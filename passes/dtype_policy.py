@@ -98,7 +98,7 @@ def takes_dtype(target: Any) -> bool:
 
 
 def _fusekit_policy(name: str) -> Policy:
-    if name in ("attention", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp"):
+    if name in ("attention", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp", "qkv_linear"):
         return Policy.LOW
     if name.endswith("rope"):
         return Policy.ROPE

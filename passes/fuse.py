@@ -112,8 +112,9 @@ class _Fuser:
         if match.rule.finish is not None and (reason := match.rule.finish(match)):
             return reason
         before = _insertion_point(match)
-        if any(not node < before for node in _operands(match.arguments)):
-            return "an argument is computed only after the sum is read"
+        late = [node for node in _operands(match.arguments) if not node < before]
+        if not all(self.may_come_earlier(node, match) for node in late):
+            return "an argument is computed only after a result is read"
         if reason := self.overwritten(match, before):
             return reason
         if match.arguments.get("seed") is SEED:
@@ -131,6 +132,8 @@ class _Fuser:
             return f"the replaced nodes cannot be recomputed alone: {outside}"
         fusion = self.describe(match, values, eager, inputs)
         if self.allowed(fusion):
+            for node in late:
+                before.prepend(node)
             self.insert(fusion, match, arguments, results, before)
             self.erase(match)
         else:
@@ -138,6 +141,15 @@ class _Fuser:
                 match.nodes
             )  # what it would have replaced stays whole, and other sites keep their names
         return None
+
+    def may_come_earlier(self, node: fx.Node, match: Match) -> bool:
+        """A weight's cast that stands in front of its own layer may stand in front of another's."""
+        spelled = spell(node)
+        source = spelled.args[0] if spelled.name == "to" else None
+        if not isinstance(source, fx.Node) or source.op != "placeholder":
+            return False
+        unwritten = not self.writes.get(memory(value_of(source)))
+        return unwritten and node.meta.get("region") == match.root.meta.get("region")
 
     def overwritten(self, match: Match, before: fx.Node) -> str | None:
         """Why an argument is no longer what was read: the match looks through a copy of it, as `~mask`."""

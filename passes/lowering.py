@@ -40,6 +40,7 @@ _PARAMETERS = {  # of ops whose products a CPU may widen: the position of the la
     torch.ops.fusekit.linear_cross_entropy.default: 2,
     torch.ops.fusekit.mlp.default: 4,
     torch.ops.fusekit.gated_mlp.default: 6,
+    torch.ops.fusekit.qkv_linear.default: 6,
 }
 
 

@@ -12,6 +12,8 @@ scale) enter as magic values and are captured from the graph. A match needs, bey
     shapes                  every intermediate has the shape the pattern gives it
     no escape               only the pattern's outputs are read from outside
     one region              no grad-mode, autocast or in-place boundary inside
+    several outputs         one that the first does not depend on is looked for around the arguments that both
+                            read, within the module that made the first
 
 `search.find` looks for one.
 """
@@ -139,7 +141,8 @@ _TRACED: dict[Any, fx.GraphModule] = {}  # rules share the functions in `also`
 class Pattern:
     """A traced pattern: its nodes, its letters and their sizes, the magic numbers that stand for captures.
 
-    weight: its nodes beyond layout. size: those of its longest spelling, linears counting one.
+    weight: its nodes beyond layout. size: those of its longest spelling, linears counting one; of outputs
+        that do not depend on each other, those of one.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -159,11 +162,13 @@ class Pattern:
             if spelling.name in rule.also
         }
         self.spelled = _spell_calls(graph)
-        self.size = self.weight + sum(
+        longest = self.weight + sum(
             max(_count(node, other) for other in others) - 1
             for node, others in self.also.items()
             if self.spelled[node].name not in ANCHORS
         )
+        beneath = _beneath(self.outputs[0])
+        self.size = longest // (1 + sum(output not in beneath for output in self.outputs))
 
     def _trace(self, names: list[str]) -> fx.Graph:
         numbers = {name: value for value, name in self.magic.items()}
@@ -188,8 +193,11 @@ class Pattern:
 
     @cached_property
     def root_names(self) -> frozenset[str]:
-        """How the root may be spelled; a cast, reshape, scale or dropout at the end may be absent."""
-        names, pending = set(), [self.outputs[0]]
+        return self.names_of(self.outputs[0])
+
+    def names_of(self, output: fx.Node) -> frozenset[str]:
+        """How an output may be spelled; a cast, reshape, scale or dropout at the end may be absent."""
+        names, pending = set(), [output]
         while pending:
             node = pending.pop()
             name, args = self.spelled[node]
@@ -198,6 +206,18 @@ class Pattern:
             if name in ("to", "reshape", *NEUTRAL):
                 pending += [a for a in args if a in self.spelled]
         return frozenset(names)
+
+
+def _beneath(node: fx.Node) -> set[fx.Node]:
+    """The node, and all that it depends on."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _spell_calls(graph: fx.Graph) -> dict[fx.Node, Spelling]:

@@ -14,6 +14,7 @@ from fusekit.passes.logits import drop_logits
 from fusekit.passes.normalise import normalise
 from fusekit.passes.precision import place_casts
 from fusekit.passes.price import price
+from fusekit.passes.projections import decline_projections
 from fusekit.passes.region import Region
 
 PIPELINE: list[tuple[str, Callable[[Region], None]]] = [
@@ -21,6 +22,7 @@ PIPELINE: list[tuple[str, Callable[[Region], None]]] = [
     ("normalise", normalise),            # one spelling per meaning
     ("logits", drop_logits),             # out of the results, where the caller promised not to read them
     ("fuse", fuse),                      # RULES, most nodes first
+    ("projections", decline_projections),  # undo those of qkv_linear that do not pay
     ("precision", place_casts),          # after fusing: fused ops keep float32 inside
     ("price", price),                    # undo what does not pay
     ("emit", emit),                      # a callable, eager or compiled

@@ -34,6 +34,7 @@ CPU_PATHS = {
     "linear_cross_entropy": (0.0, "chunks"),
     "linear_fp8": (1.0, "emulated"),
     "mlp": (0.5, "onednn"),
+    "qkv_linear": (1.0, "onednn"),
     "rms_norm_rope": (0.5, "aten"),
     "rope": (0.5, "aten"),
 }
@@ -58,7 +59,7 @@ def price(region: Region) -> None:
                     "at this size starting the op costs more than it saves"
                 )
             if reason is not None:
-                _put_back(module, node)
+                put_back(module, node)
                 region.fusions[:] = [f for f in region.fusions if f is not fusion]
                 region.refuse(fusion.op, fusion.location, reason, fusion.rule)
                 reverted = True
@@ -144,7 +145,7 @@ def _inputs(node: fx.Node) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def _put_back(module: fx.GraphModule, node: fx.Node) -> None:
+def put_back(module: fx.GraphModule, node: fx.Node) -> None:
     """The replaced nodes in the place of the fused one."""
     fusion: Fusion = node.meta["fusion"]
     assert fusion.eager is not None

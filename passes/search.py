@@ -29,6 +29,9 @@ from fusekit.passes.pattern import (
 )
 from fusekit.passes.spelling import Spelling, Start, spell, value_of
 
+# Nodes from an argument to an output: the longest linear is x.view(-1, K), addmm, and the view back.
+REACH = 3
+
 
 class State(NamedTuple):
     nodes: dict[fx.Node, fx.Node]
@@ -43,7 +46,7 @@ class State(NamedTuple):
 def find(pattern: Pattern, root: fx.Node) -> Match | Miss | None:
     """The match that ends at `root`, else the nearest miss, else None: even the root is another op."""
     search = Search(pattern, root)
-    for state in search.node(pattern.outputs[0], root, State({}, {}, {}, {})):
+    for state in search.outputs():
         reason = search.check(state)
         if reason is None:
             return search.match(state)
@@ -57,8 +60,46 @@ class Search:
     def __init__(self, pattern: Pattern, root: fx.Node) -> None:
         self.pattern, self.root = pattern, root
         self.miss: Miss | None = None
+        self.beyond_first = False
+
+    def outputs(self) -> Iterator[State]:
+        """Every way in which the pattern ends at the root; its other outputs where they are found."""
+        for state in self.node(self.pattern.outputs[0], self.root, State({}, {}, {}, {})):
+            yield from self.others(self.pattern.outputs[1:], state)
+
+    def others(self, left: Sequence[fx.Node], state: State) -> Iterator[State]:
+        """Every way to find the outputs in `left`. Where one is not there, the first is no near-match."""
+        while left and (left[0] in state.nodes or left[0] in state.skipped):
+            left = left[1:]
+        if not left:
+            yield state
+            return
+        before, self.beyond_first = self.beyond_first, True
+        for candidate in self.candidates(left[0], state):
+            for extended in self.node(left[0], candidate, state):
+                yield from self.others(left[1:], extended)
+        self.beyond_first = before
+
+    def candidates(self, p: fx.Node, state: State) -> list[fx.Node]:
+        """Free nodes of the root's module near what is known of p's arguments, in graph order."""
+        known = [self.known(a, state) for a in self.pattern.spelled[p].args if isinstance(a, fx.Node)]
+        found: set[fx.Node] = set()
+        level = {node for node in known if isinstance(node, fx.Node)}
+        for _ in range(REACH):
+            level = {user for node in level for user in node.users} - found
+            found |= level
+        taken, names = {*state.nodes.values(), *state.skipped.values()}, self.pattern.names_of(p)
+        module = _module(self.root)
+        return sorted(n for n in found - taken if spell(n).name in names and _module(n) == module)
+
+    def known(self, p: fx.Node, state: State) -> Any:
+        if p.op == "placeholder":
+            return state.operands.get(str(p.target))
+        return state.nodes.get(p, state.skipped.get(p))
 
     def fail(self, state: State, at: Any, reason: str) -> None:
+        if self.beyond_first:
+            return
         progress = sum(self.pattern.spelled[p].name not in LAYOUT for p in state.nodes)
         if progress and not (self.miss and (self.miss.complete or self.miss.progress >= progress)):
             node = at if isinstance(at, fx.Node) else self.root
@@ -245,6 +286,16 @@ class Search:
         return Match(
             self.pattern.rule, outputs, sorted(_with_producers(state.nodes.values())), arguments, stands_for
         )
+
+
+def _module(node: fx.Node) -> list[Any]:
+    """The module whose forward made the node: of a layer's own node, the module that holds the layer."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return [path for path, kind in (stack[:-1] if stack and _is_layer(stack[-1][1]) else stack)]
+
+
+def _is_layer(kind: Any) -> bool:
+    return getattr(kind, "__name__", str(kind)).rsplit(".", 1)[-1].endswith(("Linear", "Conv1D"))
 
 
 def _with_producers(matched: Iterable[fx.Node]) -> set[fx.Node]:

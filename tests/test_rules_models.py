@@ -13,16 +13,22 @@ transformers = pytest.importorskip("transformers")
 
 HF: dict[str, tuple[str, dict[str, int]]] = {
     "GPT2": ("GPT2LMHeadModel", {"add_layer_norm": 5, "mlp": 2, "attention": 2}),
-    "Llama": ("LlamaForCausalLM", {"add_rms_norm": 5, "gated_mlp": 2, "attention": 2, "rope": 4}),
-    "Bert": ("BertForMaskedLM", {"add_layer_norm": 6, "mlp": 2, "linear_act": 1, "attention": 2}),
-    "T5": ("T5ForConditionalGeneration", {"add_rms_norm": 12, "mlp": 4, "attention": 2}),
+    "Llama": (
+        "LlamaForCausalLM",
+        {"add_rms_norm": 5, "gated_mlp": 2, "attention": 2, "rope": 4, "qkv_linear": 2},
+    ),
+    "Bert": (
+        "BertForMaskedLM",
+        {"add_layer_norm": 6, "mlp": 2, "linear_act": 1, "attention": 2, "qkv_linear": 2},
+    ),
+    "T5": ("T5ForConditionalGeneration", {"add_rms_norm": 12, "mlp": 4, "attention": 2, "qkv_linear": 4}),
     "Qwen3": (
         "Qwen3ForCausalLM",
-        {"add_rms_norm": 5, "gated_mlp": 2, "attention": 2, "rms_norm_rope": 4},
+        {"add_rms_norm": 5, "gated_mlp": 2, "attention": 2, "rms_norm_rope": 4, "qkv_linear": 2},
     ),
-    "Gemma2": ("Gemma2ForCausalLM", {"add_rms_norm": 9, "gated_mlp": 2, "rope": 4}),
-    "CLIPText": ("CLIPTextModel", {"add_layer_norm": 5, "mlp": 2, "attention": 2}),
-    "ViT": ("ViTModel", {"add_layer_norm": 5, "mlp": 2, "linear_act": 1, "attention": 2}),
+    "Gemma2": ("Gemma2ForCausalLM", {"add_rms_norm": 9, "gated_mlp": 2, "rope": 4, "qkv_linear": 2}),
+    "CLIPText": ("CLIPTextModel", {"add_layer_norm": 5, "mlp": 2, "attention": 2, "qkv_linear": 2}),
+    "ViT": ("ViTModel", {"add_layer_norm": 5, "mlp": 2, "linear_act": 1, "attention": 2, "qkv_linear": 2}),
 }
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, dict[str, Any]] = {

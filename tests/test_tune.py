@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as bench
-from benchmarks import tune
+from benchmarks import tune, tune_products
 from fusekit.kernels import config_table
 from fusekit.kernels.config_table import Config, Row, Table
 
@@ -77,7 +77,7 @@ def test_a_wrong_or_failing_candidate_is_named_and_never_timed(tmp_path) -> None
     def product(a, b, output, *, config, **options: Any) -> None:
         if config == broken:
             raise RuntimeError("out of resources")
-        tune._dry_product(a, b, output, **options)
+        tune.dry_product(a, b, output, **options)
         if config == bad:
             output[7] *= 1.5
 
@@ -89,6 +89,25 @@ def test_a_wrong_or_failing_candidate_is_named_and_never_timed(tmp_path) -> None
     assert Config(**held["rows"][0]["config"]) in good
 
 
+@pytest.mark.parametrize("epilogue", ["gated", "qkv"])
+def test_products_of_several_weights_are_tuned_and_checked(epilogue, tmp_path, monkeypatch) -> None:
+    started = []
+
+    def first_is_wrong(product, problem, row, splits, given) -> None:
+        started.append(row.config)
+        tune_products.start_dry(product, problem, row, splits, given)
+        if row.config == started[0]:
+            part = given["output"][-1] if isinstance(given["output"], list) else given["output"]
+            part[5] *= 1.5
+
+    monkeypatch.setattr(tune, "start_dry", first_is_wrong)
+    held = tune.run(CPU, tmp_path / "t.json", QUIET, only=f"half nt {epilogue}", dry=True)
+    ((key, done),) = held["done"].items()
+    reasons = [outcome for outcome in done["microseconds"].values() if isinstance(outcome, str)]
+    assert len(reasons) == 1 and "wrong" in reasons[0] and key in held["shapes"]
+    assert all(epilogue in row["epilogues"] for row in held["rows"])
+
+
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path) -> None:
     path, seen = tmp_path / "t.json", []
 
@@ -96,7 +115,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path) -> None:
         seen.append(options)
         if len(seen) > 6:
             raise KeyboardInterrupt
-        tune._dry_product(a, b, output, **options)
+        tune.dry_product(a, b, output, **options)
 
     with pytest.raises(KeyboardInterrupt):
         tune.run(CPU, path, QUIET, only="half", dry=True, product=product)
@@ -143,9 +162,13 @@ def test_every_product_has_a_configuration(target: str) -> None:
         for layout in ("nn", "nt", "tn", "tt", "s"):
             for epilogue in ("plain", "forward", "backward", "dropout"):
                 assert config_table.choose(table, kind, layout, epilogue, 512, 512, 512, False)
+        for layout in ("nn", "nt", "s"):
+            for epilogue in ("qkv", "gated"):
+                assert config_table.choose(table, kind, layout, epilogue, 512, 512, 512, False)
     for entry in table.rows:
         tile, size = entry.config, 2 if entry.kind == "half" else 4
-        shared = tile.num_stages * (tile.m + tile.n) * tile.k * size
+        columns = 2 * tile.n if tile.kernel == "gated" else tile.n
+        shared = tile.num_stages * (tile.m + columns) * tile.k * size
         assert shared <= (config_table.SHARED_MEMORY_OF_ALL if target == "sm_80" else 232_448)
 
 

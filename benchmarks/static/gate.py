@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.static import large_tiles
 from benchmarks.static.build import Figures, Results
 from benchmarks.static.occupancy import ARCHITECTURES, MUFU_PER_CYCLE, PARTITIONS, occupancy, round_up
 from benchmarks.static.ptx import TENSOR_CORE
@@ -95,6 +96,10 @@ def judge(
             if arch not in ARCHITECTURES:
                 continue
             before = recorded.get(key, {}).get(f"triton {version} sm_{arch}")
-            for sentence in gate(figures, specialisations[key].options["num_warps"], before):
-                failures.append((key, version, arch, sentence))
+            specialisation = specialisations[key]
+            warps = specialisation.options["num_warps"]
+            sentences = gate(figures, warps, before)
+            if "error" not in figures:
+                sentences += large_tiles.wrong(derive(figures, warps), specialisation.constexprs)
+            failures += [(key, version, arch, sentence) for sentence in sentences]
     return failures

@@ -6,7 +6,8 @@ machine's makes other code than the newest: this Python's, and that of `.venv-tr
     no spilled registers; no "wgmma serialized" from ptxas; tensor cores wherever tl.dot multiplies 16-bit
     values; registers and shared memory with which it can be launched; and beside the record,
     benchmarks/results/static.json: registers, shared memory, occupancy, tensor-core instructions and the hot
-    loop's cycles against its bound are not worse. `--record` writes the record.
+    loop's cycles against its bound are not worse. `--record` writes the record. Of products by large tiles
+    on sm_90 the loop's cycles are at most 1.15 of the tensor cores' bound, record or not.
 
 Kernels that samples of real model size and the tables' configurations need are compiled for the GPU machine's
 pair of Triton and architecture, and each configuration once, with the most tensors, for every other pair; of
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.results_file import RESULTS
-from benchmarks.static import record
+from benchmarks.static import large_tiles, record
 from benchmarks.static.build import PYTHONS, Jobs, Results, changed, compile_all, plan
 from benchmarks.static.gate import judge
 from benchmarks.static.report import amd_table, table
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"[red]FAILED[/] triton {version} sm_{arch} {key}\n       {sentence}", highlight=False)
     if options.record and not failures:
         record.write(record.to_record(found, results))
+        large_tiles.draw(record.read())
     if options.report is not None:
         from benchmarks.static.page import write_report
 

@@ -11,12 +11,12 @@ import torch
 
 from fusekit.kernels import config_table
 from fusekit.kernels.config_table import Row
+from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul
 from fusekit.kernels.launch import Launch, record
+from fusekit.kernels.qkv_gemm import project, sum_products
 
 M, N, K = 1024, 1536, 2048
-# The widest of each kind: the most operands, and the activation that takes the most registers.
-EPILOGUES = ("plain", "forward", "backward", "dropout")
 
 
 def tables() -> Iterator[tuple[str, Row]]:
@@ -41,6 +41,11 @@ def dtypes(row: Row) -> tuple[torch.dtype, ...]:
 
 
 def _product(row: Row, layout: str, epilogue: str, splits: int, dtype: torch.dtype) -> None:
+    """The widest of the epilogue: the most operands, and the activation that takes the most registers."""
+    if epilogue == "qkv":
+        return _three_products(row, layout, dtype)
+    if epilogue == "gated":
+        return _two_products(row, layout, dtype)
     options = {"tf32": row.kind == "tf32", "config": row.config, "splits": splits}
     a, b = _operand(M, K, layout[0], dtype), _operand(K, N, layout[-1], dtype)
     output, z, h = (torch.empty(M, N, dtype=dtype) for _ in range(3))
@@ -56,6 +61,26 @@ def _product(row: Row, layout: str, epilogue: str, splits: int, dtype: torch.dty
     else:
         for form in (forward, backward):
             matmul(a, b, output, **form, dropout=0.1, seed=seed, **options)  # type: ignore[arg-type]
+
+
+def _three_products(row: Row, layout: str, dtype: torch.dtype) -> None:
+    """Of grouped-query attention: q is wider than k and v."""
+    features = (N, N // 3, N // 3)
+    weights = [_operand(n, K, "s" if layout == "s" else "n", dtype) for n in features]
+    grads, biases = [torch.empty(M, n, dtype=dtype) for n in features], [torch.empty(n) for n in features]
+    x = _operand(M, K, "s" if layout == "s" else "n", dtype)
+    tf32, biases = row.kind == "tf32", [bias.to(dtype) for bias in biases]
+    project(x, weights, [*biases], grads, tf32, row.config)
+    sum_products(grads, weights, torch.empty(M, K, dtype=dtype), tf32, row.config)
+
+
+def _two_products(row: Row, layout: str, dtype: torch.dtype) -> None:
+    x = _operand(M, K, layout[0], dtype)
+    weights = [_operand(K, N, layout[-1], dtype).t() for _ in range(2)]
+    h, gate, up = (torch.empty(M, N, dtype=dtype) for _ in range(3))
+    bias = torch.empty(N, dtype=dtype)
+    tf32 = row.kind == "tf32"
+    gated_matmul(x, weights, [bias, bias], "gelu", "gated", h, [gate, up], tf32, row.config)
 
 
 def _operand(rows: int, columns: int, letter: str, dtype: torch.dtype) -> torch.Tensor:
