@@ -156,6 +156,22 @@ def test_gemma2_is_capped_and_windowed() -> None:
     ] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpt_oss_has_sinks_and_a_window(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, vocab_size=96, sliding_window=4, num_local_experts=2,
+        num_experts_per_tok=2, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    for parameter in model.parameters():  # sinks and experts start as they were in memory
+        torch.nn.init.normal_(parameter, std=0.1)
+    tolerance = 2e-5 if dtype == torch.float32 else 5e-2
+    regions = check(model.to(dtype), torch.randint(3, 96, (2, 12)), tolerance=tolerance)
+    assert bands(regions) == [(True, 4, 0), (True, None, 0)], reasons(regions)
+    assert all(given["sinks"] is not None and given["mask"] is None for given in attentions(regions))
+
+
 def test_varying_lengths_match_alike() -> None:
     model, inputs = hugging_face("Llama")
     regions = check(model, **inputs, dynamic=True, tolerance=2e-5)

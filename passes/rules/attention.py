@@ -35,6 +35,7 @@ GROUPED = {"k": "B Hkv Tk D", "v": "B Hkv Tk Dv", "q": "B Hkv*G Tq D", "mask": "
 EQUAL = {"q": "B H Tq D", "k": "B H Tk D", "v": "B H Tk Dv", "mask": "any bool Tq Tk"}
 ADDED = {**EQUAL, "mask": "any Tq Tk"}
 TWICE = {**EQUAL, "bias": "any Tq Tk", "mask": "any Tq Tk"}
+SINKS = {"k": "B H Tk D", "v": "B H Tk Dv", "q": "B H Tq D", "sinks": "H"}  # Tk third: letters.EIGHT
 UNMASKED = {name: shape for name, shape in EQUAL.items() if name != "mask"}
 LOWEST = -3e4  # what a model fills in for "forbidden": finfo(float16).min is -65504, many write -1e9
 
@@ -226,6 +227,24 @@ def capped_scores(q: Tensor, k: Tensor, scale: float, before: float, softcap: fl
     return torch.tanh(scaled_scores(q, k, scale) * before) * softcap
 
 
+def attend_with_sinks(scores: Tensor, sinks: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """One logit more in each row's softmax, dropped behind it; in either dtype, cast back or not."""
+    B, H, Tq, _ = scores.shape
+    logits = torch.cat([scores, sinks.reshape(1, H, 1, 1).expand(B, H, Tq, 1)], -1)
+    probabilities = torch.softmax(logits - logits.amax(-1, keepdim=True), -1)[..., :-1]
+    return F.dropout(probabilities, dropout, True).to(torch.float32).to(v.dtype) @ v
+
+
+def sunk(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float, dropout: float) -> Tensor:
+    return attend_with_sinks(scaled_scores(q, k, scale), sinks, v, dropout)
+
+
+def added_and_sunk(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float, dropout: float
+) -> Tensor:
+    return attend_with_sinks(scaled_scores(q, k, scale) + mask, sinks, v, dropout)
+
+
 def added_twice(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float, dropout: float
 ) -> Tensor:
@@ -276,10 +295,19 @@ def _rows(scores: Scores, source: str) -> list[Rule]:
 
 CALL = "F.scaled_dot_product_attention"
 CAPPED = "written out, capped"
+SUNK = "transformers GptOssAttention"
 RULES = [
     *_rows(scaled_scores, "written out"),
     *_rows(scaled_query, "written out, scaled query"),
     Rule("attention", added_twice, "written out, added bias and mask", TWICE, finish=finish_added_twice),
+    Rule(
+        "attention",
+        added_and_sunk,
+        f"{SUNK}, added mask",
+        {**SINKS, "mask": "any Tq Tk"},
+        finish=finish_added,
+    ),
+    Rule("attention", sunk, SUNK, SINKS, finish=_finish),
     Rule("attention", filled_capped, f"{CAPPED}, masked_fill", EQUAL, finish=finishing_capped(finish_filled)),
     Rule("attention", added_capped, f"{CAPPED}, added mask", ADDED, finish=finishing_capped(finish_added)),
     Rule("attention", written_capped, CAPPED, UNMASKED, finish=finishing_capped(_finish)),
