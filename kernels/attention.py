@@ -33,7 +33,6 @@ from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.op import DTYPES, Op, Sample, not_runnable
 
 MAX_FEATURES = 256
-MAX_FEATURES_ON_GPU = 128  # wider tiles have not been built for every architecture
 
 
 def reference(
@@ -240,8 +239,6 @@ def supports(
         return f"{H} query heads are no multiple of {kv_heads} key heads"
     if D < 1 or DV < 1 or D > MAX_FEATURES or DV > MAX_FEATURES:
         return f"heads of {max(D, DV)} features are outside 1 to {MAX_FEATURES}"
-    if on_gpu(q) and max(D, DV) > MAX_FEATURES_ON_GPU:
-        return f"heads of {max(D, DV)} features exceed the {MAX_FEATURES_ON_GPU} of the GPU kernels"
     if not 0.0 <= dropout < 1.0:
         return f"dropout {dropout} is not in [0, 1)"
     if dropout and not _is_seed(seed, q.device):

@@ -41,9 +41,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
             stats[0, :, :, rows.start : rows.stop].copy_(lse)
         return out, stats
     for b, rows, keys in _written_blocks(q, k, form):
-        block = _Block(q, k, v, form, b, rows, keys)
-        p = native._drop(block.p, block.kept, form.dropout)
-        out[b, :, rows.start : rows.stop].copy_(block.by_head(p @ block.v))
+        written = _Block(q, k, v, form, b, rows, keys)
+        p = native._drop(written.p, written.kept, form.dropout)
+        out[b, :, rows.start : rows.stop].copy_(written.by_head(p @ written.v))
     return out, stats
 
 

@@ -31,27 +31,37 @@ CONFIGS = {
     "forward": {
         64: ((128, 64, 8, 3), (128, 32, 8, 1), (128, 32, 8, 2)),
         128: ((128, 64, 8, 3), (64, 16, 8, 1), (128, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 16, 8, 1), (64, 16, 8, 1)),
     },
     "grad_query": {
         64: ((128, 64, 8, 3), (64, 32, 4, 1), (64, 32, 4, 2)),
         128: ((128, 32, 8, 2), (32, 32, 4, 1), (128, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
     },
     "grad_key_value": {
         64: ((64, 128, 8, 2), (32, 64, 8, 1), (32, 128, 8, 2)),
         128: ((64, 128, 8, 2), (32, 64, 8, 1), (16, 128, 8, 2)),
+        256: ((32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
     },
     "grad_bias": {
         64: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
         128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        256: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     },
 }
-SHARED_HEADS = {64: (64, 128, 8, 2), 128: (32, 64, 8, 2)}  # grad_key_value, no mask
+# grad_key_value, no mask: heads that share keys, bands, caps
+NARROWER = {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
+# Two or more of a mask, dropout and a cap: registers for all of them.
+COMBINED = {
+    "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
+    "grad_bias": (16, 32, 4, 1),
+}  # fmt: skip
 # float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
 CONFIGS_FLOAT32 = {
-    "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (32, 16, 8, 1)},
-    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2)},
-    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1)},
-    "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 8, 1)},
+    "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
+    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
 
 
@@ -63,14 +73,16 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
     widest = _padded(max(q.shape[-1], v.shape[-1]))
     if q.dtype == torch.float32:
         return CONFIGS_FLOAT32[kernel][max(32, widest)]
+    if (form.mask is not None) + (form.dropout > 0.0) + (form.softcap is not None) > 1:
+        return COMBINED[kernel]
     widest = max(64, widest)
     plain, masked, dropping = CONFIGS[kernel][widest]
     if form.dropout > 0.0:
         return dropping
     if form.mask is not None:
         return masked
-    shared = kernel == "grad_key_value" and q.shape[1] != v.shape[1]
-    return SHARED_HEADS[widest] if shared else plain
+    more = q.shape[1] != v.shape[1] or form.is_banded or form.softcap is not None
+    return NARROWER[widest] if more and kernel == "grad_key_value" else plain
 
 
 def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> dict[str, object]:
@@ -134,8 +146,8 @@ def backward(
     dq = q.new_empty((B, Tq, H, D))
     dk, dv = k.new_empty((B, Tk, kv_heads, D)), v.new_empty((B, Tk, kv_heads, DV))
     strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *mask_strides)
-    numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, form.scale, *_score_numbers(form))
-    numbers += (form.dropout, form.seed_offset)
+    scores = _score_numbers(form)
+    numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, form.scale, *scores, form.dropout, form.seed_offset)
 
     block_m, block_n, warps, stages = _blocks("grad_query", q, v, form)
     launch(

@@ -79,7 +79,7 @@ def _take_boolean(match: Match) -> str | None:
     if isinstance(mask, New):  # the complement of what the model has
         node = mask.args[0]
         forbidden = predicate(node)
-        found = _whole(forbidden.opposite() if forbidden is not None else None) or Mask(False, mask)
+        found = _whole(forbidden.opposite() if forbidden is not None else None) or Mask(False, mask)  # type: ignore[arg-type]
     elif value_of(mask).dtype != torch.bool:  # `mask == 0` is forbidden, so `mask != 0` is allowed
         found = _whole(predicate(mask)) or Mask(False, New(aten.ne.Scalar, (mask, 0)))  # type: ignore[arg-type]
     else:

@@ -116,7 +116,7 @@ def test_window_beside_padding():
     assert_parity((q, k, v, padding, *FAR[1:], 17))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_capped_scores(dtype):
     q, k, v = heads(1, 50, 2, 32, dtype), heads(1, 50, 1, 32, dtype), heads(1, 50, 1, 32, dtype)
     for softcap in (0.5, 50.0):
@@ -132,16 +132,18 @@ def test_sinks_and_their_gradient(dtype):
     assert_parity((q, k, v, mask, False, *FAR[2:], None, 0, None, sinks), dtype)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 2, 45, 60), (2, 1, 45, 60), (2, 60), (2, 1, 45, 1), (2, 2, 1, 60), (1,)]
-)
+@pytest.mark.parametrize("shape", [(1, 2, 45, 60), (45, 60), (2, 1, 45, 1), (1,)])
 def test_gradient_of_a_bias_that_is_repeated(shape):
     q, k, v = heads(2, 45, 2, 16), heads(2, 60, 1, 16), heads(2, 60, 1, 16)
-    shape = (45, 60) if shape == (2, 60) else shape
     bias = torch.randn(shape).to("cuda").requires_grad_()
     args = (q, k, v, bias, True, *FAR[2:], 40, 15, 3.0)
     assert_parity(args)
     assert deterministic(OP.fused, args, runs=2)
+
+
+def test_heads_of_256_features():
+    q, k, v = heads(1, 40, 1, 160, torch.bfloat16), *(heads(1, 40, 1, D, torch.bfloat16) for D in (160, 256))
+    assert_parity((q, k, v, *FAR, 20, 0, 3.0), torch.bfloat16)
 
 
 def test_gradient_of_a_bias_with_dropout_in_low_precision():
