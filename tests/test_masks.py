@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusekit.kernels.attention_form import band
-from fusekit.passes.masks import Mask, recover, recover_additive
+from fusekit.passes.masks import Mask, recover, recover_additive, split_additive
 from fusekit.passes.normalise import normalise_graph
 
 INF = float("inf")
@@ -137,6 +137,38 @@ def test_what_is_recovered_is_the_mask(data: Any) -> None:
     build = data.draw(_mask(rows, columns))
     pad = torch.rand(2, columns, generator=torch.Generator().manual_seed(0)) > 0.4
     _is_consistent(build, rows, columns, pad)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.data())
+def test_an_added_mask_taken_apart_gives_the_same_softmax(data: Any) -> None:
+    """Also of rows that see no key: eager shares those out evenly."""
+    rows, columns = data.draw(st.sampled_from([(5, 5), (4, 6), (6, 4)]))
+    allowed, style = data.draw(_mask(rows, columns)), data.draw(st.integers(0, 3))
+    pad = torch.rand(2, columns, generator=torch.Generator().manual_seed(0)) > 0.4
+    bias = torch.randn(1, 2, rows, columns, generator=torch.Generator().manual_seed(1))
+    lowest = torch.finfo(torch.float32).min
+
+    def build(pad: Tensor, bias: Tensor) -> Tensor:
+        seen = allowed(pad)
+        if style == 0:
+            return torch.where(seen, 0.0, lowest)
+        if style == 1:
+            return bias + torch.where(seen, 0.0, -1e9)
+        if style == 2:
+            return torch.where(seen, bias, lowest).contiguous()
+        return torch.zeros(rows, columns).masked_fill(~seen, -INF) + bias
+
+    graph, node = _traced(build, pad, bias)
+    found = split_additive(node, -3e4)
+    if found is None:
+        return
+    low, high = band(found.causal, found.window, found.offset)
+    seen = torch.ones(rows, columns, dtype=torch.bool).tril(high).triu(low)
+    rest = torch.zeros(()) if found.rest is None else _run(graph, found.rest, pad, bias)
+    scores = torch.randn(2, 2, rows, columns, generator=torch.Generator().manual_seed(2))
+    ours = (scores + rest).masked_fill(~seen, -INF).softmax(-1)
+    torch.testing.assert_close(ours, (scores + build(pad, bias)).softmax(-1), equal_nan=False)
 
 
 def _hugging_face(pad: Tensor) -> Tensor:
