@@ -58,7 +58,7 @@ def variables(rank: int) -> Index:
 
 
 def simplified(found: Predicate) -> Predicate | None:
-    """Without the atoms that are constant and true; None where one is false everywhere."""
+    """Without the atoms that hold for all indices, 0 and more; None where one is false everywhere."""
     if any(not atom.terms and atom.constant > 0 for atom in found.atoms):
         return None
-    return Predicate(frozenset(atom for atom in found.atoms if atom.terms))
+    return Predicate(frozenset(a for a in found.atoms if not a.times(-1).never_negative()))

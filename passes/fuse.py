@@ -374,6 +374,7 @@ def _location(match: Match) -> str:
 def _bytes_saved(match: Match) -> int:
     """Written and read back once each: what the intermediates cost that no longer exist."""
     inner = [n for n in match.nodes if n not in match.outputs and not is_view(n)]
+    inner = [n for n in inner if isinstance(value_of(n), Tensor)]  # max gives a pair, whose parts are counted
     return sum(2 * value_of(n).element_size() * _hint(value_of(n).numel()) for n in inner)
 
 

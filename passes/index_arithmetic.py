@@ -156,15 +156,26 @@ def _sum(sign: int) -> Callable[..., Value]:
 
 
 def _compare(smaller: int, strict: bool) -> Callable[..., Value]:
-    """Atoms for args[smaller] <= args[1 - smaller], or < where strict."""
+    """Atoms for args[smaller] <= args[1 - smaller], or < where strict; |x| <= y says it of x and of -x."""
 
     def read(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
-        low, high = _operand(args[smaller], index), _operand(args[1 - smaller], index)
+        inner = _absolute(args[smaller])
+        low = _operand(args[smaller] if inner is None else inner, index)
+        high = _operand(args[1 - smaller], index)
         if not (isinstance(low, Affine) and isinstance(high, Affine)):
             return None
-        return Predicate(frozenset({low.plus(high, -1).plus(Affine(int(strict)))}))
+        sides = (low,) if inner is None else (low, low.times(-1))
+        return Predicate(frozenset(side.plus(high, -1).plus(Affine(int(strict))) for side in sides))
 
     return read
+
+
+def _absolute(node: Any) -> fx.Node | None:
+    """What the absolute value is taken of."""
+    if not isinstance(node, fx.Node) or is_written(node) or spell(node).name != "abs":
+        return None
+    inner = spell(node).args[0]
+    return inner if isinstance(inner, fx.Node) else None
 
 
 def _equal(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29)
+EIGHT = (
+    8  # no pattern has this size of its own: it is the third letter, 7, and one more (a sink beside Tk keys)
+)
 
 
 class Operand(NamedTuple):
@@ -52,6 +55,8 @@ def translate(shape: Sequence[int], ours: dict[str, int], theirs: dict[str, Any]
             if rest % prime == 0:
                 rest //= prime
                 size *= math.prod(theirs["*"]) if letter == "*0" else 1 if letter == "*1" else theirs[letter]
+        if rest == EIGHT and EIGHT - 1 in ours.values():
+            rest = theirs[next(letter for letter, prime in ours.items() if prime == EIGHT - 1)] + 1
         translated.append(size * rest)
     return translated
 

@@ -1,30 +1,46 @@
-"""Attention masks back from index arithmetic: which part of a mask is `key <= query`, and what is left of it.
+"""Attention masks back from index arithmetic: the keys a query sees by its place, and what is left.
 
 Models build masks with arange, comparisons and `&`; Hugging Face does so even where none is needed, because
 it cannot look at data while being captured. A mask is read as a predicate over (batch, head, query, key):
 index arithmetic is followed through views and gathers as affine forms, comparisons of those become atoms, and
-everything else stays a tensor. Only what is proved is dropped: an atom that is `key - query <= 0` itself, and
-atoms that are constant and true. A wrong proof would train another model without a sound, so there is no
-guessing here: whatever is not understood keeps its tensor. Sizes may be symbolic.
+everything else stays a tensor. Only what is proved is dropped: atoms that bound `key - query` by a number,
+which are the op's causal, window and offset, and atoms that are constant and true. A wrong proof would train
+another model without a sound, so there is no guessing here: whatever is not understood keeps its tensor.
+Sizes may be symbolic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusekit.passes.affine import CAUSAL, TRUE, Affine, Predicate, simplified, variables
+from fusekit.kernels.attention_form import UNBOUNDED, band
+from fusekit.passes.affine import KEY, QUERY, TRUE, Affine, Predicate, simplified, variables
 from fusekit.passes.index_arithmetic import Value, aligned, constant, element, is_written
 from fusekit.passes.spelling import spell, value_of
 
+UP_TO = frozenset({(KEY, 1), (QUERY, -1)})  # key - query + constant <= 0
+FROM = frozenset({(KEY, -1), (QUERY, 1)})
+
 
 class Mask(NamedTuple):
-    """A mask as (key <= query, where `causal`) and `rest`; rest None is true everywhere."""
+    """A mask as the op's band (kernels/attention_form.py) and `rest`; rest None is true everywhere."""
 
     causal: bool
     rest: fx.Node | None
+    window: int | None = None
+    offset: int = 0
+
+    def leaves_a_key(self, shape: Sequence[Any]) -> bool:
+        """Whether every query of a mask of this shape is proved to see a key."""
+        low, high = band(self.causal, self.window, self.offset)
+        if self.rest is not None or high < 0:
+            return False
+        return self.window is None or statically_known_true(shape[-2] + low <= shape[-1])
 
 
 def recover(mask: fx.Node) -> Mask:
@@ -32,25 +48,68 @@ def recover(mask: fx.Node) -> Mask:
     parts = [(part, predicate(part)) for part in _conjuncts(mask)]
     if any(is_written(part) for part, _ in parts):  # it may hold something else by now
         return Mask(False, mask)
-    causal = any(p == CAUSAL for _, p in parts)
-    rest = [part for part, p in parts if p is None or p not in (CAUSAL, TRUE)]
-    if not rest:
-        return Mask(causal, None)
-    if len(rest) == 1:
-        return Mask(causal, rest[0])
-    return Mask(False, mask)  # several tensors are left: joining them again would cost what it saves
+    bands = [p for _, p in parts if is_band(p)]
+    rest = [part for part, p in parts if not is_band(p)]
+    found = from_band(bands)
+    if found is None or len(rest) > 1:  # joining several tensors again would cost what it saves
+        return Mask(False, mask)
+    return found._replace(rest=rest[0]) if rest else found
 
 
 def recover_additive(mask: fx.Node, lowest: float) -> Mask | None:
     """Read a mask that is added to the scores: 0 where a key may be attended to, at most `lowest` elsewhere.
 
     Returns None where it is not such a mask made of index arithmetic alone: with every key of some row
-    forbidden, adding -1e9 and forbidding differ, so only a mask known in full may be replaced.
+    forbidden, adding -1e9 and forbidding differ, so only a mask known in full that leaves every row a key may
+    be replaced.
     """
     allowed = _additive_predicate(mask, lowest)
-    if allowed == CAUSAL:
-        return Mask(True, None)
-    return Mask(False, None) if allowed == TRUE else None
+    found = from_band([allowed]) if is_band(allowed) else None
+    return found if found is not None and found.leaves_a_key(value_of(mask).shape) else None
+
+
+def split_additive(mask: fx.Node, lowest: float) -> Mask | None:
+    """Read a mask that is added to the scores as a band and a bias, as T5 joins them: bias + mask, or
+    where(mask, bias, lowest). As in `recover_additive`, only a band that leaves every row a key will do."""
+    if is_written(mask):
+        return None
+    name, args = spell(mask)
+    if name in ("contiguous", "clone"):
+        return split_additive(args[0], lowest)
+    if name == "add":
+        for band_node, bias in (args, args[::-1]):
+            if _is_floating(band_node) and _is_floating(bias):
+                found = recover_additive(band_node, lowest)
+                if found is not None:
+                    return found._replace(rest=bias)
+    if name == "where" and _is_floating(args[1]) and constant(args[1]) is None:
+        allowed = predicate(args[0])
+        found = from_band([allowed]) if is_band(allowed) else None
+        if found and found.leaves_a_key(value_of(args[0]).shape) and _is_low(constant(args[2]), lowest):
+            return found._replace(rest=args[1])
+    return recover_additive(mask, lowest)
+
+
+def _is_floating(node: Any) -> bool:
+    value = value_of(node)
+    return isinstance(node, fx.Node) and isinstance(value, Tensor) and value.is_floating_point()
+
+
+def is_band(found: Predicate | None) -> bool:
+    """Whether all that is said is how far a key may be from a query."""
+    return found is not None and all(atom.terms in (UP_TO, FROM) for atom in found.atoms)
+
+
+def from_band(predicates: Iterable[Predicate | None]) -> Mask | None:
+    """All of these bands at once; None where that is none the op has."""
+    atoms = [atom for p in predicates if p is not None for atom in p.atoms]
+    high = min((-atom.constant for atom in atoms if atom.terms == UP_TO), default=None)
+    low = max((atom.constant for atom in atoms if atom.terms == FROM), default=None)
+    offset = high or 0
+    window = None if low is None else offset - low + 1
+    if abs(offset) >= UNBOUNDED or (window is not None and not 0 < window < UNBOUNDED):
+        return None
+    return Mask(high is not None, None, window, offset)
 
 
 def predicate(mask: fx.Node) -> Predicate | None:
@@ -61,7 +120,11 @@ def predicate(mask: fx.Node) -> Predicate | None:
 
 def _conjuncts(node: fx.Node) -> list[fx.Node]:
     name, args = spell(node)
-    if name != "and" or is_written(node):
+    if is_written(node):
+        return [node]
+    if name == "expand":  # what it repeats, the op repeats without memory
+        return _conjuncts(args[0])
+    if name != "and":
         return [node]
     if all(isinstance(a, fx.Node) and value_of(a).dtype == torch.bool for a in args):
         return [part for a in args for part in _conjuncts(a)]
@@ -71,6 +134,8 @@ def _conjuncts(node: fx.Node) -> list[fx.Node]:
 def _additive_predicate(node: fx.Node, lowest: float) -> Predicate | None:
     if is_written(node):
         return None
+    if constant(node) == 0 and value_of(node).is_floating_point():
+        return TRUE
     name, args = spell(node)
     index = aligned(node, variables(value_of(node).dim()))
     allowed: Value

@@ -299,10 +299,14 @@ def _is_layer(kind: Any) -> bool:
 
 
 def _with_producers(matched: Iterable[fx.Node]) -> set[fx.Node]:
-    """Also the chunks, splits and unbinds of which every part is among the nodes."""
+    """Also the chunks, splits, unbinds and maxima of which every part that is read is among the nodes."""
     nodes = set(matched)
-    parts = (node for node in matched if node.target is operator.getitem)
-    return nodes | {node.args[0] for node in parts if nodes.issuperset(node.args[0].users)}  # type: ignore[misc,union-attr]
+    for part in [node for node in nodes if node.target is operator.getitem]:
+        producer: Any = part.args[0]
+        unread = {user for user in producer.users if user.target is operator.getitem and not user.users}
+        if nodes.issuperset(producer.users.keys() - unread):
+            nodes |= {producer, *unread}
+    return nodes
 
 
 def _shape(value: fx.Node | New) -> list[Any]:

@@ -48,10 +48,12 @@ def spell(node: fx.Node) -> Spelling:
 
 
 def _part(node: fx.Node) -> Spelling:
-    """One of the tensors that chunk, split and unbind return: a slice or a row of what they take apart."""
+    """One of the tensors that chunk, split, unbind and max return: a slice, a row, the largest elements."""
     producer, index = node.args
     name, args = spell(producer) if isinstance(producer, fx.Node) else ("", ())
     parts: Any = value_of(producer)
+    if name == "max" and len(args) == 3 and index == 0:
+        return Spelling("amax", (args[0], [args[1]], args[2]))
     if name == "unbind":
         return Spelling("select", (args[0], args[1], index))
     if name not in ("chunk", "split", "split_with_sizes") or not isinstance(index, int):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusekit.passes.masks import CAUSAL, recover, recover_additive
+from fusekit.kernels.attention_form import band
+from fusekit.passes.masks import Mask, recover, recover_additive, split_additive
 from fusekit.passes.normalise import normalise_graph
 
 INF = float("inf")
@@ -37,17 +38,18 @@ def _run(graph: fx.GraphModule, node: fx.Node, *inputs: Tensor) -> Tensor:
     return fx.GraphModule(graph, copy)(*inputs)
 
 
-def _is_consistent(build: Callable[..., Tensor], rows: int, columns: int, *inputs: Tensor) -> bool:
-    """Whether what is recovered is the dense mask; returns the causal flag."""
+def _is_consistent(build: Callable[..., Tensor], rows: int, columns: int, *inputs: Tensor) -> Mask:
+    """That what is recovered is the dense mask, and what was said of rows without keys; returns the mask."""
     dense = build(*inputs).expand(2, 1, rows, columns)
     graph, node = _traced(build, *inputs)
-    causal, rest = recover(node)
-    again = torch.ones(rows, columns, dtype=torch.bool)
-    again = again.tril() if causal else again
-    if rest is not None:
-        again = again & _run(graph, rest, *inputs)
+    found = recover(node)
+    low, high = band(found.causal, found.window, found.offset)
+    again = torch.ones(rows, columns, dtype=torch.bool).tril(high).triu(low)
+    if found.rest is not None:
+        again = again & _run(graph, found.rest, *inputs)
     torch.testing.assert_close(again.expand_as(dense), dense, rtol=0, atol=0)
-    return causal
+    assert not found.leaves_a_key(node.meta["val"].shape) or dense.any(-1).all()
+    return found
 
 
 @st.composite
@@ -74,7 +76,7 @@ def _positions(draw: Any, length: int, query: bool) -> Callable[[Tensor], Tensor
 @st.composite
 def _mask(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
     """A random boolean mask of (2, 1, rows, columns) or something that broadcasts to it."""
-    kinds = ["compare", "compare", "triangle", "padding", "and", "not", "window", "equal"]
+    kinds = ["compare", "compare", "sign", "triangle", "padding", "and", "not", "window", "equal"]
     kind = draw(st.sampled_from(kinds))
     if kind == "compare":
         q, k = draw(_positions(rows, True)), draw(_positions(columns, False))
@@ -94,11 +96,26 @@ def _mask(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
             return whole[start : start + rows, start : start + columns] != 0
 
         return build
+    if kind == "sign":  # transformers says `query >= 0` for "all"
+        shift = draw(st.integers(-1, 1))
+        return lambda pad: torch.arange(rows)[:, None] + shift >= 0
     if kind == "padding":
         return lambda pad: pad[:, None, None, :]
     if kind == "window":
-        width = draw(st.integers(0, 3))
-        return lambda pad: torch.arange(columns)[None, :] > torch.arange(rows)[:, None] - width
+        width, style = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+        reach = [torch.le, torch.lt][draw(st.integers(0, 1))]
+
+        def window(pad: Tensor) -> Tensor:
+            k, q = torch.arange(columns)[None, :], torch.arange(rows)[:, None]
+            if style == 0:
+                return k > q - width
+            if style == 1:
+                return reach((q - k).abs(), width)
+            if style == 2:
+                return width > torch.abs(k - q + 1)
+            return (k > q - width) & (k <= q + 1) & pad[:, None, None, :]
+
+        return window
     if kind == "equal":
         number = draw(st.integers(0, 2))
         return lambda pad: torch.arange(columns)[None, :] - torch.arange(rows)[:, None] == number
@@ -120,6 +137,38 @@ def test_what_is_recovered_is_the_mask(data: Any) -> None:
     build = data.draw(_mask(rows, columns))
     pad = torch.rand(2, columns, generator=torch.Generator().manual_seed(0)) > 0.4
     _is_consistent(build, rows, columns, pad)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.data())
+def test_an_added_mask_taken_apart_gives_the_same_softmax(data: Any) -> None:
+    """Also of rows that see no key: eager shares those out evenly."""
+    rows, columns = data.draw(st.sampled_from([(5, 5), (4, 6), (6, 4)]))
+    allowed, style = data.draw(_mask(rows, columns)), data.draw(st.integers(0, 3))
+    pad = torch.rand(2, columns, generator=torch.Generator().manual_seed(0)) > 0.4
+    bias = torch.randn(1, 2, rows, columns, generator=torch.Generator().manual_seed(1))
+    lowest = torch.finfo(torch.float32).min
+
+    def build(pad: Tensor, bias: Tensor) -> Tensor:
+        seen = allowed(pad)
+        if style == 0:
+            return torch.where(seen, 0.0, lowest)
+        if style == 1:
+            return bias + torch.where(seen, 0.0, -1e9)
+        if style == 2:
+            return torch.where(seen, bias, lowest).contiguous()
+        return torch.zeros(rows, columns).masked_fill(~seen, -INF) + bias
+
+    graph, node = _traced(build, pad, bias)
+    found = split_additive(node, -3e4)
+    if found is None:
+        return
+    low, high = band(found.causal, found.window, found.offset)
+    seen = torch.ones(rows, columns, dtype=torch.bool).tril(high).triu(low)
+    rest = torch.zeros(()) if found.rest is None else _run(graph, found.rest, pad, bias)
+    scores = torch.randn(2, 2, rows, columns, generator=torch.Generator().manual_seed(2))
+    ours = (scores + rest).masked_fill(~seen, -INF).softmax(-1)
+    torch.testing.assert_close(ours, (scores + build(pad, bias)).softmax(-1), equal_nan=False)
 
 
 def _hugging_face(pad: Tensor) -> Tensor:
@@ -148,7 +197,7 @@ CAUSAL_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", CAUSAL_MASKS)
 def test_causal_masks_are_recognised_whole(name: str) -> None:
     _, node = _traced(CAUSAL_MASKS[name], torch.ones(2, 5, dtype=torch.bool))
-    assert recover(node) == (True, None)
+    assert recover(node) == Mask(True, None)
 
 
 @pytest.mark.parametrize("name", CAUSAL_MASKS)
@@ -164,16 +213,55 @@ def test_padding_stays_a_tensor_beside_causal(name: str) -> None:
     assert rest is not None and rest.meta["val"].shape == (2, 1, 1, 5)
 
 
+def _window(q: Tensor, k: Tensor, width: int) -> Tensor:
+    return (k > q - width) & (k <= q)
+
+
+BANDS: dict[str, tuple[Callable[[Tensor], Tensor], Mask]] = {
+    "strictly before": (lambda pad: _columns() < _rows(), Mask(True, None, None, -1)),
+    "one ahead": (lambda pad: torch.ones(5, 5).tril(1) != 0, Mask(True, None, None, 1)),
+    "bottom right": (lambda pad: torch.ones(5, 7).tril(2) != 0, Mask(True, None, None, 2)),
+    "past keys": (lambda pad: _columns() <= _rows() + 2, Mask(True, None, None, 2)),
+    "anticausal": (lambda pad: _columns() >= _rows(), Mask(False, None, 1)),
+    "window": (lambda pad: _window(_rows(), _columns(), 3), Mask(True, None, 3)),
+    "window with a cache": (lambda pad: _window(_rows() + 2, _columns(), 3), Mask(True, None, 3, 2)),
+    "both ways": (lambda pad: (_rows() - _columns()).abs() <= 2, Mask(True, None, 5, 2)),
+    "repeated": (lambda pad: _window(_rows(), _columns(), 3).expand(2, 1, 5, 7), Mask(True, None, 3)),
+    "tril and triu": (
+        lambda pad: torch.ones(5, 7, dtype=torch.bool).tril(1).triu(-1),
+        Mask(True, None, 3, 1),
+    ),
+}
+
+
+def _rows() -> Tensor:
+    return torch.arange(5)[:, None]
+
+
+def _columns() -> Tensor:
+    return torch.arange(7)[None, :]
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_bands_are_recognised_whole(name: str) -> None:
+    build, expected = BANDS[name]
+    pad = torch.ones(2, 7, dtype=torch.bool)
+    columns = build(pad).shape[-1]
+    assert _is_consistent(build, 5, columns, pad[:, :columns]) == expected
+
+
 NEARLY: dict[str, Callable[[Tensor], Tensor]] = {
-    "strictly before": lambda pad: torch.arange(5)[None, :] < torch.arange(5)[:, None],
-    "one ahead": lambda pad: torch.ones(5, 5).tril(1) != 0,
-    "bottom right": lambda pad: torch.ones(5, 7).tril(2) != 0,
-    "past keys": lambda pad: torch.arange(7)[None, :] <= torch.arange(2, 7)[:, None],
-    "anticausal": lambda pad: torch.arange(5)[None, :] >= torch.arange(5)[:, None],
     "every other": lambda pad: torch.arange(0, 10, 2)[None, :] <= torch.arange(5)[:, None],
     "one query position for all": lambda pad: (torch.arange(5) <= torch.arange(5)[3:4, None]).expand(5, 5),
     "flipped": lambda pad: (torch.arange(5)[None, :] <= torch.arange(5)[:, None]).flip(-1),
     "positions from data": lambda pad: pad.cumsum(-1)[:, None, None, :] <= pad.cumsum(-1)[:, None, :, None],
+    "nothing": lambda pad: (torch.arange(5)[None, :] > torch.arange(5)[:, None] + 1).logical_and(
+        torch.arange(5)[None, :] <= torch.arange(5)[:, None]
+    ),
+    "this or that": lambda pad: (
+        _window(torch.arange(5)[:, None], torch.arange(5)[None, :], 2) | (torch.arange(5)[None, :] == 0)
+    ),
+    "outside a window": lambda pad: ~_window(torch.arange(5)[:, None], torch.arange(5)[None, :], 2),
     "of floats": lambda pad: torch.arange(5.0)[None, :] * 0.5 <= torch.arange(5.0)[:, None],
     "of a type that wraps around": lambda pad: (
         (torch.arange(5, dtype=torch.int8)[None, :] + 126) - 126 <= torch.arange(5)[:, None]
@@ -184,8 +272,8 @@ NEARLY: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", NEARLY)
 def test_what_is_nearly_causal_keeps_its_tensor(name: str) -> None:
     _, node = _traced(NEARLY[name], torch.ones(2, 5, dtype=torch.bool))
-    causal, rest = recover(node)
-    assert not causal and rest is node
+    whole = (Mask(False, node), Mask(False, node.args[0]))  # of what is repeated, the source
+    assert recover(node) in whole
 
 
 def test_symbolic_sizes() -> None:
@@ -194,7 +282,7 @@ def test_symbolic_sizes() -> None:
 
     _, node = _traced(build, torch.ones(2, 5), mode="symbolic")
     assert isinstance(node.meta["val"].shape[0], torch.SymInt)
-    assert recover(node) == (True, None)
+    assert recover(node) == Mask(True, None)
 
 
 ADDITIVE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -209,7 +297,7 @@ ADDITIVE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_added_causal_masks(name: str) -> None:
     pad = torch.ones(2, 5, dtype=torch.bool)
     _, node = _traced(ADDITIVE[name], pad)
-    assert recover_additive(node, -3e4) == (True, None)
+    assert recover_additive(node, -3e4) == Mask(True, None)
 
 
 NOT_ADDITIVE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -228,8 +316,3 @@ NOT_ADDITIVE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_other_added_masks_stay_as_they_are(name: str) -> None:
     _, node = _traced(NOT_ADDITIVE[name], torch.ones(2, 5, dtype=torch.bool))
     assert recover_additive(node, -3e4) is None
-
-
-def test_causal_is_one_atom() -> None:
-    (atom,) = CAUSAL.atoms
-    assert atom.constant == 0 and dict(atom.terms) == {"key": 1, "query": -1}

@@ -88,6 +88,39 @@ SPELLINGS: dict[str, tuple[Spelling, bool, bool]] = {
         False,
         True,
     ),
+    "capped": (lambda x, q, k, v: _probabilities(torch.tanh(q @ _kT(k) * 0.5 / 2.0) * 2.0) @ v, False, False),
+    "capped, added mask": (
+        lambda x, q, k, v: _probabilities(torch.tanh(q @ _kT(k) / 2.0) * 2.0 + x) @ v,
+        False,
+        True,
+    ),
+    "capped, causal": (
+        lambda x, q, k, v: (
+            _probabilities((3.0 * torch.tanh(q @ _kT(k) * 0.2)).masked_fill(~_causal(), -INF)) @ v
+        ),
+        True,
+        False,
+    ),
+    "learned number": (lambda x, q, k, v: _probabilities(q @ _kT(k) + v.sum()) @ v, False, True),
+    "learned sdpa mask": (
+        lambda x, q, k, v: F.scaled_dot_product_attention(q, k, v, k.mean((1, 3))[:, None, None]),
+        False,
+        True,
+    ),
+    "learned bias and causal in one": (
+        lambda x, q, k, v: (
+            _probabilities(q @ _kT(k) + (torch.where(_causal(), 0.0, -1e9) + v.mean(-1, True).mT)) @ v
+        ),
+        True,
+        True,
+    ),
+    "learned bias, then causal": (
+        lambda x, q, k, v: (
+            _probabilities((q @ _kT(k) + v.mean(-1, True).mT) + torch.where(_causal(), 0.0, -1e9)) @ v
+        ),
+        True,
+        True,
+    ),
     "causal by -1e9": (
         lambda x, q, k, v: _probabilities((q @ _kT(k)).masked_fill(~_causal(), -1e9)) @ v,
         True,
@@ -167,11 +200,6 @@ REFUSALS: dict[str, tuple[Spelling, str]] = {
         lambda x, q, k, v: (lambda p: p @ v + p.sum())(_probabilities(q @ _kT(k))),
         "also read by",
     ),
-    "learned mask": (lambda x, q, k, v: _probabilities(q @ _kT(k) + v.sum()) @ v, "gradient"),
-    "learned sdpa mask": (
-        lambda x, q, k, v: F.scaled_dot_product_attention(q, k, v, (q @ _kT(k)).mean(1, True)),
-        "gradient",
-    ),
     "filled with -1e9": (
         lambda x, q, k, v: _probabilities((q @ _kT(k)).masked_fill(x > 0, -1e9)) @ v,
         "where a whole row is forbidden",
@@ -183,7 +211,18 @@ REFUSALS: dict[str, tuple[Spelling, str]] = {
     "dropout on a CPU": (lambda x, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), "faster"),
     "dropout written out": (lambda x, q, k, v: F.dropout(_probabilities(q @ _kT(k)), 0.5) @ v, "faster"),
     "computed scale": (lambda x, q, k, v: _probabilities(q @ _kT(k) * x.sum()) @ v, ""),
-    "capped scores": (lambda x, q, k, v: _probabilities(torch.tanh(q @ _kT(k))) @ v, ""),
+    "two added masks": (
+        lambda x, q, k, v: _probabilities(q @ _kT(k) + v.mean(-1, True).mT + x) @ v,
+        "neither is causal",
+    ),
+    "capped after the mask": (
+        lambda x, q, k, v: _probabilities(torch.tanh((q @ _kT(k) + x) / 2.0) * 2.0) @ v,
+        "",
+    ),
+    "cap of the wrong sign": (
+        lambda x, q, k, v: _probabilities(torch.tanh(q @ _kT(k) / 2.0) * -2.0) @ v,
+        "no capped scores",
+    ),
     "three dimensions": (lambda x, q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), "dimensions"),
 }
 

@@ -21,12 +21,15 @@ HF: dict[str, tuple[str, dict[str, int]]] = {
         "BertForMaskedLM",
         {"add_layer_norm": 6, "mlp": 2, "linear_act": 1, "attention": 2, "qkv_linear": 2},
     ),
-    "T5": ("T5ForConditionalGeneration", {"add_rms_norm": 12, "mlp": 4, "attention": 2, "qkv_linear": 4}),
+    "T5": ("T5ForConditionalGeneration", {"add_rms_norm": 12, "mlp": 4, "attention": 6, "qkv_linear": 4}),
     "Qwen3": (
         "Qwen3ForCausalLM",
         {"add_rms_norm": 5, "gated_mlp": 2, "attention": 2, "rms_norm_rope": 4, "qkv_linear": 2},
     ),
-    "Gemma2": ("Gemma2ForCausalLM", {"add_rms_norm": 9, "gated_mlp": 2, "rope": 4, "qkv_linear": 2}),
+    "Gemma2": (
+        "Gemma2ForCausalLM",
+        {"add_rms_norm": 9, "gated_mlp": 2, "attention": 2, "rope": 4, "qkv_linear": 2},
+    ),
     "CLIPText": ("CLIPTextModel", {"add_layer_norm": 5, "mlp": 2, "attention": 2, "qkv_linear": 2}),
     "ViT": ("ViTModel", {"add_layer_norm": 5, "mlp": 2, "linear_act": 1, "attention": 2, "qkv_linear": 2}),
 }
@@ -54,15 +57,22 @@ def hugging_face(name: str, **extra: Any) -> tuple[nn.Module, dict[str, Tensor]]
     return model, inputs | ({"decoder_input_ids": torch.randint(3, 96, (2, 7))} if name == "T5" else {})
 
 
+def attentions(regions: list[Any]) -> list[dict[str, Any]]:
+    """The arguments of each attention by name, a mask as its shape."""
+    found = []
+    for region in regions:
+        for n in region.module.graph.nodes:
+            if "attention" in str(n.target) and "fusion" in n.meta:
+                names = [a.name for a in n.target._schema.arguments]
+                given = dict(zip(names, n.args, strict=True))
+                mask = given["mask"]
+                found.append(given | {"mask": None if mask is None else tuple(mask.meta["val"].shape)})
+    return found
+
+
 def attention_arguments(regions: list[Any]) -> list[tuple[bool, bool]]:
     """For each attention: is it causal, has it a mask."""
-    nodes = (
-        n
-        for r in regions
-        for n in r.module.graph.nodes
-        if "attention" in str(n.target) and "fusion" in n.meta
-    )
-    return [(n.args[4], n.args[3] is not None) for n in nodes]
+    return [(given["causal"], given["mask"] is not None) for given in attentions(regions)]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -86,20 +96,89 @@ def test_causal_language_models_need_no_mask(name: str, implementation: str) -> 
     )
 
 
-def test_padding_stays_a_mask_beside_causal() -> None:
+PADDING = torch.ones(2, 12, dtype=torch.long)
+PADDING[1, 9:] = 0
+GEMMA3 = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+MODERNBERT = {"local_attention": 8, "global_attn_every_n_layers": 2, "pad_token_id": 0}
+GEMMA2 = {"sliding_window": 4, "head_dim": 8, "attn_implementation": "eager"}
+# name: (model, configuration, options, (causal, window, offset) of each layer)
+WINDOWED: dict[str, tuple[str, str, dict[str, Any], list[tuple[Any, ...]]]] = {
+    "Mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 4}, [(True, 4, 0)] * 2),
+    "Phi3": ("Phi3ForCausalLM", "Phi3Config", {"sliding_window": 5, "pad_token_id": 0}, [(True, 5, 0)] * 2),
+    "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3, [(True, 4, 0), (True, None, 0)]),
+    "ModernBert": ("ModernBertModel", "ModernBertConfig", MODERNBERT, [(False, None, 0), (True, 9, 4)]),
+}
+
+
+def windowed(name: str, **extra: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model, config_class, options, _ = WINDOWED[name]
+    heads = {} if name == "ModernBert" else {"num_key_value_heads": 2, "use_cache": False}
+    config = getattr(transformers, config_class)(**SMALL, **heads, vocab_size=96, **options, **extra)
+    return getattr(transformers, model)(config)
+
+
+def bands(regions: list[Any]) -> list[tuple[Any, ...]]:
+    return [(given["causal"], given["window"], given["offset"]) for given in attentions(regions)]
+
+
+def test_padding_stays_a_small_mask_beside_causal() -> None:
     model, inputs = hugging_face("Llama")
-    padding = torch.ones(2, 12, dtype=torch.long)
-    padding[1, 9:] = 0
-    regions = check(model, **inputs, attention_mask=padding, tolerance=2e-5)
-    assert attention_arguments(regions) == [(True, True)] * 2
+    regions = check(model, **inputs, attention_mask=PADDING, tolerance=2e-5)
+    assert bands(regions) == [(True, None, 0)] * 2
+    assert {given["mask"] for given in attentions(regions)} == {(2, 1, 1, 12)}
 
 
-def test_window_stays_a_mask_beside_causal() -> None:
-    config = transformers.MistralConfig(
-        **SMALL, vocab_size=96, num_key_value_heads=2, sliding_window=4, use_cache=False
-    )
-    regions = check(transformers.MistralForCausalLM(config), torch.randint(3, 96, (2, 12)), tolerance=2e-5)
-    assert attention_arguments(regions) == [(True, True)] * 2
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_windows_need_no_mask(name: str, implementation: str) -> None:
+    model = windowed(name, attn_implementation=implementation)
+    regions = check(model, torch.randint(3, 96, (2, 12)), tolerance=2e-5)
+    assert bands(regions) == WINDOWED[name][3], reasons(regions)
+    assert {given["mask"] for given in attentions(regions)} == {None}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_padding_stays_a_small_mask_beside_a_window(name: str) -> None:
+    regions = check(windowed(name), torch.randint(3, 96, (2, 12)), attention_mask=PADDING, tolerance=2e-5)
+    assert bands(regions) == WINDOWED[name][3], reasons(regions)
+    assert {given["mask"] for given in attentions(regions)} == {(2, 1, 1, 12)}
+
+
+def test_padding_and_a_window_in_one_added_mask_stay_whole() -> None:
+    """A padded query may see no key at all: then eager shares its row out over every key."""
+    model = windowed("Mistral", attn_implementation="eager")
+    regions = check(model, torch.randint(3, 96, (2, 12)), attention_mask=PADDING.flip(-1), tolerance=2e-5)
+    assert attention_arguments(regions) == [(False, True)] * 2
+
+
+def test_gemma2_is_capped_and_windowed() -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        **SMALL, **GEMMA2, num_key_value_heads=2, vocab_size=96, use_cache=False, attn_logit_softcapping=0.5,
+        query_pre_attn_scalar=16,
+    )  # fmt: skip
+    regions = check(transformers.Gemma2ForCausalLM(config), torch.randint(3, 96, (2, 12)), tolerance=2e-5)
+    assert bands(regions) == [(True, 4, 0), (True, None, 0)], reasons(regions)
+    assert [(given["softcap"], given["scale"], given["mask"]) for given in attentions(regions)] == [
+        (0.5, pytest.approx(0.25), None)
+    ] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpt_oss_has_sinks_and_a_window(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, vocab_size=96, sliding_window=4, num_local_experts=2,
+        num_experts_per_tok=2, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    for parameter in model.parameters():  # sinks and experts start as they were in memory
+        torch.nn.init.normal_(parameter, std=0.1)
+    tolerance = 2e-5 if dtype == torch.float32 else 5e-2
+    regions = check(model.to(dtype), torch.randint(3, 96, (2, 12)), tolerance=tolerance)
+    assert bands(regions) == [(True, 4, 0), (True, None, 0)], reasons(regions)
+    assert all(given["sinks"] is not None and given["mask"] is None for given in attentions(regions))
 
 
 def test_varying_lengths_match_alike() -> None:
@@ -115,9 +194,12 @@ def test_low_precision_parameters() -> None:
     assert sites(regions) == HF["Llama"][1]
 
 
-def test_a_learned_bias_is_refused() -> None:
-    model, inputs = hugging_face("T5")
-    assert reasons(check(model, **inputs, tolerance=2e-5)).count("needs a gradient") == 4
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_learned_bias_is_an_argument_and_its_mask_none(implementation: str) -> None:
+    model, inputs = hugging_face("T5", attn_implementation=implementation)
+    found = attentions(check(model, **inputs, tolerance=2e-5))
+    biased = [(given["mask"], given["causal"]) for given in found if given["mask"] is not None]
+    assert biased == [((1, 4, 12, 12), False)] * 2 + [((1, 4, 7, 7), True)] * 2
 
 
 def test_checkpointed_layers_are_rewritten_inside() -> None:

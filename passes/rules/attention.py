@@ -18,14 +18,25 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.passes.gradient import needs_gradient
-from fusekit.passes.masks import CAUSAL, predicate, recover, recover_additive
+from fusekit.passes.affine import Predicate
+from fusekit.passes.masks import (
+    Mask,
+    from_band,
+    is_band,
+    predicate,
+    recover,
+    recover_additive,
+    split_additive,
+)
 from fusekit.passes.pattern import SEED, Match, New, Rule
 from fusekit.passes.spelling import spell, value_of
 
 GROUPED = {"k": "B Hkv Tk D", "v": "B Hkv Tk Dv", "q": "B Hkv*G Tq D", "mask": "optional any bool Tq Tk"}
 EQUAL = {"q": "B H Tq D", "k": "B H Tk D", "v": "B H Tk Dv", "mask": "any bool Tq Tk"}
 ADDED = {**EQUAL, "mask": "any Tq Tk"}
+TWICE = {**EQUAL, "bias": "any Tq Tk", "mask": "any Tq Tk"}
+SINKS = {"k": "B H Tk D", "v": "B H Tk Dv", "q": "B H Tq D", "sinks": "H"}  # Tk third: letters.EIGHT
+UNMASKED = {name: shape for name, shape in EQUAL.items() if name != "mask"}
 LOWEST = -3e4  # what a model fills in for "forbidden": finfo(float16).min is -65504, many write -1e9
 
 aten = torch.ops.aten
@@ -64,26 +75,22 @@ def _finish(match: Match) -> str | None:
 
 def _take_boolean(match: Match) -> str | None:
     fill = match.arguments.get("fill", -math.inf)
-    mask, node = match.arguments["mask"], None
-    found: tuple[bool, Any]
+    mask, node = match.arguments["mask"], match.arguments["mask"]
     if isinstance(mask, New):  # the complement of what the model has
-        forbidden = predicate(mask.args[0])
-        allowed = forbidden.opposite() if forbidden is not None else None
-        found = (True, None) if allowed == CAUSAL else (False, mask)
         node = mask.args[0]
+        forbidden = predicate(node)
+        found = _whole(forbidden.opposite() if forbidden is not None else None) or Mask(False, mask)  # type: ignore[arg-type]
     elif value_of(mask).dtype != torch.bool:  # `mask == 0` is forbidden, so `mask != 0` is allowed
-        allowed = predicate(mask)
-        found = (True, None) if allowed == CAUSAL else (False, New(aten.ne.Scalar, (mask, 0)))
-        node = mask
+        found = _whole(predicate(mask)) or Mask(False, New(aten.ne.Scalar, (mask, 0)))  # type: ignore[arg-type]
     else:
         found = recover(mask)
-        node = mask
-    causal, rest = found
-    if fill != -math.inf and rest is not None:
+    if fill != -math.inf and not found.leaves_a_key(value_of(node).shape):
         return f"masked with {fill:g}, not -inf: where a whole row is forbidden, eager shares it out evenly"
     if fill > LOWEST:
         return f"masked with {fill:g}, which a score can come near to"
-    match.arguments["causal"], match.arguments["mask"] = causal or bool(match.arguments.get("causal")), rest
+    rest: Any = found.rest
+    _set_band(match, found)
+    match.arguments["mask"] = rest
     if rest is not mask:
         match.stands_for.pop(node, None)
     if isinstance(rest, fx.Node):
@@ -91,17 +98,46 @@ def _take_boolean(match: Match) -> str | None:
     return None
 
 
+def _whole(allowed: Predicate | None) -> Mask | None:
+    """A mask that is a band and nothing else."""
+    return from_band([allowed]) if is_band(allowed) else None
+
+
+def _set_band(match: Match, found: Mask) -> None:
+    if found.causal or found.window is not None:
+        match.arguments.update(causal=found.causal, window=found.window, offset=found.offset)
+
+
 def _take_added(match: Match) -> str | None:
     mask = match.arguments["mask"]
     if isinstance(mask, New) or not value_of(mask).is_floating_point():
         return "what is added to the scores is no floating point mask"
-    if needs_gradient(mask):
-        return "the mask needs a gradient, as a learned bias does, and the op gives none"
-    found = recover_additive(mask, LOWEST)
+    found = split_additive(mask, LOWEST)
     if found is not None:
-        match.arguments["causal"], match.arguments["mask"] = found.causal, None
-        match.stands_for.pop(mask, None)
+        _replace_mask(match, found)
     return None
+
+
+def finish_added_twice(match: Match) -> str | None:
+    """(scores + bias) + mask: one of the two is causal or a window, the other stays a tensor."""
+    bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
+    if isinstance(bias, New) or isinstance(mask, New):
+        return "what is added to the scores is no floating point mask"
+    for band, other in ((mask, bias), (bias, mask)):
+        found = recover_additive(band, LOWEST)
+        if found is not None and value_of(other).is_floating_point():
+            match.stands_for.pop(bias, None)
+            _replace_mask(match, found._replace(rest=other))
+            return _finish(match)
+    return "two masks are added to the scores, and neither is causal or a window and nothing else"
+
+
+def _replace_mask(match: Match, found: Mask) -> None:
+    _set_band(match, found)
+    match.stands_for.pop(match.arguments["mask"], None)
+    match.arguments["mask"] = found.rest
+    if found.rest is not None:
+        match.stands_for[found.rest] = ("mask", None)
 
 
 def _unfold_repeated_heads(match: Match) -> None:
@@ -148,7 +184,7 @@ def called_causal(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float)
     return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
 
 
-Scores = Callable[[Tensor, Tensor, float], Tensor]
+Scores = Callable[..., Tensor]
 
 
 def scaled_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -186,20 +222,95 @@ def added(scores: Scores) -> Callable[..., Tensor]:
     return lambda q, k, v, mask, scale, dropout: attend(scores(q, k, scale) + mask, v, dropout)
 
 
+def capped_scores(q: Tensor, k: Tensor, scale: float, before: float, softcap: float) -> Tensor:
+    """softcap * tanh(scores / softcap); what scores are multiplied by in front of tanh is `before`."""
+    return torch.tanh(scaled_scores(q, k, scale) * before) * softcap
+
+
+def attend_with_sinks(scores: Tensor, sinks: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """One logit more in each row's softmax, dropped behind it; in either dtype, cast back or not."""
+    B, H, Tq, _ = scores.shape
+    logits = torch.cat([scores, sinks.reshape(1, H, 1, 1).expand(B, H, Tq, 1)], -1)
+    probabilities = torch.softmax(logits - logits.amax(-1, keepdim=True), -1)[..., :-1]
+    return F.dropout(probabilities, dropout, True).to(torch.float32).to(v.dtype) @ v
+
+
+def sunk(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float, dropout: float) -> Tensor:
+    return attend_with_sinks(scaled_scores(q, k, scale), sinks, v, dropout)
+
+
+def added_and_sunk(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float, dropout: float
+) -> Tensor:
+    return attend_with_sinks(scaled_scores(q, k, scale) + mask, sinks, v, dropout)
+
+
+def added_twice(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float, dropout: float
+) -> Tensor:
+    return attend((scaled_scores(q, k, scale) + bias) + mask, v, dropout)
+
+
+def written_capped(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, before: float, softcap: float, dropout: float
+) -> Tensor:
+    return attend(capped_scores(q, k, scale, before, softcap), v, dropout)
+
+
+def filled_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
+    scale: float, before: float, softcap: float, dropout: float, fill: float,
+) -> Tensor:  # fmt: skip
+    scores = capped_scores(q, k, scale, before, softcap)
+    return attend(scores.masked_fill(mask.logical_not(), fill), v, dropout)
+
+
+def added_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, before: float, softcap: float, dropout: float
+) -> Tensor:
+    return attend(capped_scores(q, k, scale, before, softcap) + mask, v, dropout)
+
+
+def finishing_capped(finish: Callable[[Match], str | None]) -> Callable[[Match], str | None]:
+    """What is divided by in front of tanh is what it is multiplied by behind, or scores would be scaled."""
+
+    def finish_capped(match: Match) -> str | None:
+        before, softcap = match.arguments.pop("before"), match.arguments["softcap"]
+        if before <= 0.0 or softcap <= 0.0:
+            return f"scores capped at {softcap:g} are no capped scores"
+        match.arguments["scale"] = match.arguments["scale"] * before * softcap
+        return finish(match)
+
+    return finish_capped
+
+
 def _rows(scores: Scores, source: str) -> list[Rule]:
-    none = {name: shape for name, shape in EQUAL.items() if name != "mask"}
     return [
         Rule("attention", filled(scores), f"{source}, masked_fill", EQUAL, finish=finish_filled),
         Rule("attention", chosen(scores), f"{source}, where", EQUAL, finish=finish_filled),
         Rule("attention", added(scores), f"{source}, added mask", ADDED, finish=finish_added),
-        Rule("attention", written(scores), source, none, finish=_finish),
+        Rule("attention", written(scores), source, UNMASKED, finish=_finish),
     ]
 
 
 CALL = "F.scaled_dot_product_attention"
+CAPPED = "written out, capped"
+SUNK = "transformers GptOssAttention"
 RULES = [
     *_rows(scaled_scores, "written out"),
     *_rows(scaled_query, "written out, scaled query"),
+    Rule("attention", added_twice, "written out, added bias and mask", TWICE, finish=finish_added_twice),
+    Rule(
+        "attention",
+        added_and_sunk,
+        f"{SUNK}, added mask",
+        {**SINKS, "mask": "any Tq Tk"},
+        finish=finish_added,
+    ),
+    Rule("attention", sunk, SUNK, SINKS, finish=_finish),
+    Rule("attention", filled_capped, f"{CAPPED}, masked_fill", EQUAL, finish=finishing_capped(finish_filled)),
+    Rule("attention", added_capped, f"{CAPPED}, added mask", ADDED, finish=finishing_capped(finish_added)),
+    Rule("attention", written_capped, CAPPED, UNMASKED, finish=finishing_capped(_finish)),
     Rule("attention", called, CALL, GROUPED, {"causal": False}, finish_call),
     Rule("attention", called_causal, f"{CALL}, is_causal", GROUPED, {"causal": True}, finish_call),
 ]

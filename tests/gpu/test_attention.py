@@ -91,6 +91,67 @@ def test_runs_are_bitwise_equal():
     assert deterministic(OP.fused, (q, k, v, None, True), runs=2)
 
 
+FAR = (None, True, None, 0.0, None, 0, False)  # mask to tf32, in front of window, offset, softcap and sinks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "causal, window, offset", [(True, 20, 0), (True, None, 30), (True, 45, 10), (False, 9, 3)]
+)
+def test_bands_skip_blocks_and_keep_their_edges(causal, window, offset, dtype):
+    q, k, v = heads(1, 140, 2, 32, dtype), heads(1, 150, 1, 32, dtype), heads(1, 150, 1, 32, dtype)
+    assert_parity((q, k, v, None, causal, *FAR[2:], window, offset), dtype)
+
+
+def test_rows_before_the_first_key_and_after_a_window_are_zero():
+    q, k, v = heads(1, 80, 1, 16), heads(1, 30, 1, 16), heads(1, 30, 1, 16)
+    fused = assert_parity((q, k, v, *FAR, 12, -4))
+    for rows in (fused["output"][:, :, :4], fused["output"][:, :, 46:]):
+        assert torch.equal(rows, torch.zeros_like(rows))
+
+
+def test_window_beside_padding():
+    q, k, v = heads(2, 60, 2, 16), heads(2, 60, 2, 16), heads(2, 60, 2, 16)
+    padding = (torch.arange(60) >= torch.tensor([0, 25])[:, None])[:, None, None, :].to("cuda")
+    assert_parity((q, k, v, padding, *FAR[1:], 17))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_capped_scores(dtype):
+    q, k, v = heads(1, 50, 2, 32, dtype), heads(1, 50, 1, 32, dtype), heads(1, 50, 1, 32, dtype)
+    for softcap in (0.5, 50.0):
+        assert_parity((q, k, v, *FAR, 30, 0, softcap), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sinks_and_their_gradient(dtype):
+    q, k, v = heads(2, 50, 4, 16, dtype), heads(2, 50, 2, 16, dtype), heads(2, 50, 2, 16, dtype)
+    sinks = torch.tensor([0.5, -2.0, 3.0, float("-inf")]).to("cuda", dtype).requires_grad_()
+    mask = (torch.rand(2, 1, 50, 50) < 0.5).to("cuda")
+    mask[:, :, 7] = False
+    assert_parity((q, k, v, mask, False, *FAR[2:], None, 0, None, sinks), dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 45, 60), (45, 60), (2, 1, 45, 1), (1,)])
+def test_gradient_of_a_bias_that_is_repeated(shape):
+    q, k, v = heads(2, 45, 2, 16), heads(2, 60, 1, 16), heads(2, 60, 1, 16)
+    bias = torch.randn(shape).to("cuda").requires_grad_()
+    args = (q, k, v, bias, True, *FAR[2:], 40, 15, 3.0)
+    assert_parity(args)
+    assert deterministic(OP.fused, args, runs=2)
+
+
+def test_heads_of_256_features():
+    q, k, v = heads(1, 40, 1, 160, torch.bfloat16), *(heads(1, 40, 1, D, torch.bfloat16) for D in (160, 256))
+    assert_parity((q, k, v, *FAR, 20, 0, 3.0), torch.bfloat16)
+
+
+def test_gradient_of_a_bias_with_dropout_in_low_precision():
+    q, k, v = (heads(2, 40, 2, 16, torch.bfloat16) for _ in range(3))
+    bias = torch.randn(2, 40, 40).to("cuda", torch.bfloat16).requires_grad_()
+    assert_parity((q, k, v, bias, False, None, 0.3, torch.tensor([5]).to("cuda"), 2), torch.bfloat16)
+
+
 @triton.jit
 def _draw(out_ptr, seed_ptr, start, COUNT: tl.constexpr):
     i = start.to(tl.int64) + tl.arange(0, COUNT)

@@ -1,0 +1,187 @@
+"""Launchers of the Triton kernels of `attention`, and the tiles each kernel is started with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels._triton import triton
+from fusekit.kernels.attention_bias import grad_bias_kernel
+from fusekit.kernels.attention_form import Form
+from fusekit.kernels.attention_kernels import _forward_kernel, _grad_key_value_kernel, _grad_query_kernel
+from fusekit.kernels.attention_tiles import (
+    ADDITIVE_MASK,
+    BAND,
+    BOOL_MASK,
+    CAPPED,
+    CAPPED_EXACTLY,
+    CAUSAL,
+    FULL,
+    LOG2E,
+    NO_MASK,
+    UNCAPPED,
+)
+from fusekit.kernels.launch import launch
+
+# (block of queries, block of keys, warps, stages) by kernel and padded head dimension: plain or causal; with
+# a mask; with dropout. Large tiles that triton 3.6 compiles for sm_90 without spills or serialised wgmma.
+# Mask tiles are small and not pipelined: a thread reads its elements one by one, an address of 64 bits each.
+# Philox takes registers too.
+CONFIGS = {
+    "forward": {
+        64: ((128, 64, 8, 3), (128, 32, 8, 1), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (64, 16, 8, 1), (128, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 16, 8, 1), (64, 16, 8, 1)),
+    },
+    "grad_query": {
+        64: ((128, 64, 8, 3), (64, 32, 4, 1), (64, 32, 4, 2)),
+        128: ((128, 32, 8, 2), (32, 32, 4, 1), (128, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+    },
+    "grad_key_value": {
+        64: ((64, 128, 8, 2), (32, 64, 8, 1), (32, 128, 8, 2)),
+        128: ((64, 128, 8, 2), (32, 64, 8, 1), (16, 128, 8, 2)),
+        256: ((32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    },
+    "grad_bias": {
+        64: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        256: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    },
+}
+# grad_key_value, no mask: heads that share keys, bands, caps
+NARROWER = {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
+# Two or more of a mask, dropout and a cap: registers for all of them.
+COMBINED = {
+    "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
+    "grad_bias": (16, 32, 4, 1),
+}  # fmt: skip
+# float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
+CONFIGS_FLOAT32 = {
+    "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
+    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+}
+
+
+def _padded(features: int) -> int:
+    return max(16, 1 << (features - 1).bit_length())
+
+
+def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, int, int]:
+    widest = _padded(max(q.shape[-1], v.shape[-1]))
+    if q.dtype == torch.float32:
+        return CONFIGS_FLOAT32[kernel][max(32, widest)]
+    if (form.mask is not None) + (form.dropout > 0.0) + (form.softcap is not None) > 1:
+        return COMBINED[kernel]
+    widest = max(64, widest)
+    plain, masked, dropping = CONFIGS[kernel][widest]
+    if form.dropout > 0.0:
+        return dropping
+    if form.mask is not None:
+        return masked
+    more = q.shape[1] != v.shape[1] or form.is_banded or form.softcap is not None
+    return NARROWER[widest] if more and kernel == "grad_key_value" else plain
+
+
+def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> dict[str, object]:
+    D, DV = q.shape[-1], v.shape[-1]
+    given = NO_MASK
+    if form.mask is not None:
+        given = BOOL_MASK if form.mask.dtype == torch.bool else ADDITIVE_MASK
+    cap = UNCAPPED
+    if form.softcap is not None:
+        cap = CAPPED_EXACTLY if q.dtype == torch.float32 else CAPPED
+    return {
+        "D": D, "DV": DV, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV),
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "MASK": given,
+        "BAND": BAND if form.is_banded else CAUSAL if form.causal else FULL, "CAP": cap,
+        "DROPOUT": form.dropout > 0.0, "PRECISION": "tf32" if form.tf32 else "ieee",
+    }  # fmt: skip
+
+
+def _score_numbers(form: Form) -> tuple[float, float | None, int | None, int | None]:
+    """What makes scores in log2 of products, and the band; None for what the kernel does not use."""
+    low, high = form.band if form.is_banded else (None, None)
+    if form.softcap is None:
+        return form.scale * LOG2E, None, low, high
+    return form.scale / form.softcap, form.softcap * LOG2E, low, high
+
+
+def _broadcast(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The mask as (B, H, Tq, Tk), broadcast dimensions at stride 0, booleans as bytes; and its strides."""
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    mask = mask.expand(*q.shape[:-1], k.shape[-2])
+    return mask, mask.stride()
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats."""
+    (B, H, Tq, _), Tk = q.shape, k.shape[-2]
+    mask, mask_strides = _broadcast(form.mask, q, k)
+    block_m, block_n, warps, stages = _blocks("forward", q, v, form)
+    constants = _constants(q, v, form, block_m, block_n)
+    out = q.new_empty((B, Tq, H, v.shape[-1]))
+    stats = q.new_empty((1 + (constants["MASK"] == ADDITIVE_MASK), B, H, Tq), dtype=torch.float32)
+    launch(
+        _forward_kernel, (B * H * triton.cdiv(Tq, block_m),),
+        q, k, v, mask, form.sinks, form.seed, out, stats,
+        *q.stride(), *k.stride(), *v.stride(), *mask_strides,
+        H, H // k.shape[1], Tq, Tk, B * H * Tq, *_score_numbers(form), form.dropout, form.seed_offset,
+        **constants, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out.transpose(1, 2), stats
+
+
+def backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, each laid out as (B, T, H, D); the gradients of an additive mask and of sinks, or None."""
+    (B, H, Tq, D), (_, kv_heads, Tk, DV) = q.shape, v.shape
+    mask, mask_strides = _broadcast(form.mask, q, k)
+    delta = stats.new_empty((B, H, Tq))
+    dq = q.new_empty((B, Tq, H, D))
+    dk, dv = k.new_empty((B, Tk, kv_heads, D)), v.new_empty((B, Tk, kv_heads, DV))
+    strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *mask_strides)
+    scores = _score_numbers(form)
+    numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, form.scale, *scores, form.dropout, form.seed_offset)
+
+    block_m, block_n, warps, stages = _blocks("grad_query", q, v, form)
+    launch(
+        _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
+        dy, q, k, v, out, mask, form.seed, stats, delta, dq, *strides, *numbers,
+        **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    block_m, block_n, warps, stages = _blocks("grad_key_value", q, v, form)
+    launch(
+        _grad_key_value_kernel, (B * kv_heads * triton.cdiv(Tk, block_n),),
+        dy, q, k, v, mask, form.seed, stats, delta, dk, dv, *strides, *numbers,
+        **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    dmask = None
+    if bias_grad:
+        assert form.mask is not None
+        sizes = (1,) * (4 - form.mask.ndim) + tuple(form.mask.shape)
+        dmask = form.mask.new_empty(sizes)
+        block_m, block_n, warps, stages = _blocks("grad_bias", q, v, form)
+        tiles = (triton.cdiv(sizes[2], block_m), triton.cdiv(sizes[3], block_n))
+        launch(
+            grad_bias_kernel, (sizes[0] * sizes[1] * tiles[0] * tiles[1],),
+            dy, q, k, v, mask, form.seed, stats, delta, dmask, *strides, B, *numbers,
+            **_constants(q, v, form, block_m, block_n),
+            BATCHES=sizes[0] > 1 or B == 1, HEADS=sizes[1] > 1 or H == 1,
+            ROWS=sizes[2] > 1, COLUMNS=sizes[3] > 1, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        dmask = dmask.view(form.mask.shape)
+    dsinks = None if form.sinks is None else _grad_sinks(form.sinks, stats, delta)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dmask, dsinks
+
+
+def _grad_sinks(sinks: Tensor, stats: Tensor, delta: Tensor) -> Tensor:
+    """A sink takes share P of each row and gives nothing: its gradient is - sum over rows of P delta."""
+    p = sinks.to(torch.float32)[:, None] * LOG2E - stats[0]
+    p = torch.exp2(p - stats[1] if len(stats) == 2 else p)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
