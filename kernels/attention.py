@@ -331,6 +331,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(name="learned bias", args=(*qkv(2, 2, 2, 45, 60, 32), bias))
     yield Sample(name="empty batch", args=qkv(0, 2, 2, 5, 5, 16))
     yield Sample(name="GPT, T=256", args=(*qkv(8, 6, 6, 256, 256, 64), None, True), bench=True)
+    yield Sample(name="Llama 1, T=1024", args=(*qkv(1, 8, 8, 1024, 1024, 128), None, True), bench=True)
     yield Sample(name="Llama, T=2048", args=(*qkv(1, 32, 8, 2048, 2048, 128), None, True), bench=True)
 
 

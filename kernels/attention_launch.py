@@ -21,7 +21,8 @@ from fusekit.kernels.attention_tiles import (
     NO_MASK,
     UNCAPPED,
 )
-from fusekit.kernels.launch import launch
+from fusekit.kernels.config_table import target_of
+from fusekit.kernels.launch import launch, recorded_target, recording
 
 # (block of queries, block of keys, warps, stages) by kernel and padded head dimension: plain or causal; with
 # a mask; with dropout. Large tiles that triton 3.6 compiles for sm_90 without spills or serialised wgmma.
@@ -49,7 +50,7 @@ CONFIGS = {
         256: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     },
 }
-# grad_key_value, no mask: heads that share keys, bands, caps
+# grad_key_value, no mask: heads that share keys, bands, caps; 128 features on sm_80, where Triton 3.6 spills
 NARROWER = {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
 # Two or more of a mask, dropout and a cap: registers for all of them.
 COMBINED = {
@@ -58,7 +59,7 @@ COMBINED = {
 }  # fmt: skip
 # float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
 CONFIGS_FLOAT32 = {
-    "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
     "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
@@ -81,8 +82,18 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
         return dropping
     if form.mask is not None:
         return masked
+    if kernel != "grad_key_value":
+        return plain
     more = q.shape[1] != v.shape[1] or form.is_banded or form.softcap is not None
-    return NARROWER[widest] if more and kernel == "grad_key_value" else plain
+    return NARROWER[widest] if more or (widest == 128 and _target(q) == "sm_80") else plain
+
+
+def _target(q: Tensor) -> str:
+    if recording():
+        return recorded_target()
+    if not torch.backends.cuda.is_built():  # kernels run from their IR on a CPU: the sanitizer lane
+        return "sm_90"
+    return target_of(torch.cuda.get_device_capability(q.device))
 
 
 def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> dict[str, object]:
