@@ -41,7 +41,13 @@ class Tile(NamedTuple):
 
 
 def is_large(constants: Mapping[str, Any]) -> bool:
-    """Whether these are the blocks of a matrix product of the class; attention has no BLOCK_K."""
+    """Whether these are the blocks of a matrix product of the class; attention has no BLOCK_K.
+
+    FP8 codes that are decoded to 16 bits, and scales of a block of K, are work of their own beside the
+    products: those kernels are held to their own recorded ratio alone.
+    """
+    if constants.get("NATIVE") is False or constants.get("SCALING") in ("block", "mx"):
+        return False
     sizes = [constants.get(f"BLOCK_{letter}") for letter in "MNK"]
     return all(type(size) is int for size in sizes) and sizes[0] * sizes[1] >= LEAST_ELEMENTS  # type: ignore
 
@@ -65,11 +71,21 @@ def _unit(figures: Mapping[str, Any]) -> str:
     return str((figures.get("loop") or {}).get("limit", ""))
 
 
+def _constants(key: str) -> dict[str, Any]:
+    """The numbers of a key that make a tile, and what sets FP8 products apart."""
+    found: dict[str, Any] = {name: int(value) for name, value in _CONSTANT.findall(key)}
+    if "NATIVE=false" in key:
+        found["NATIVE"] = False
+    if scaling := re.search(r'SCALING="(\w+)"', key):
+        found["SCALING"] = scaling.group(1)
+    return found
+
+
 def tiles(kernels: Mapping[str, Any]) -> list[Tile]:
     """From the record, slowest first within a kernel and a dtype."""
     groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for key, builds in kernels.items():
-        constants = {name: int(value) for name, value in _CONSTANT.findall(key)}
+        constants = _constants(key)
         if not is_large(constants):
             continue
         for name, figures in builds.items():
