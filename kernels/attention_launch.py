@@ -22,7 +22,7 @@ from fusekit.kernels.attention_tiles import (
     UNCAPPED,
 )
 from fusekit.kernels.config_table import target_of
-from fusekit.kernels.launch import launch, recorded_target, recording
+from fusekit.kernels.launch import capability, launch
 
 # (block of queries, block of keys, warps, stages) by kernel and padded head dimension: plain or causal; with
 # a mask; with dropout. Large tiles that triton 3.6 compiles for sm_90 without spills or serialised wgmma.
@@ -85,15 +85,7 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
     if kernel != "grad_key_value":
         return plain
     more = q.shape[1] != v.shape[1] or form.is_banded or form.softcap is not None
-    return NARROWER[widest] if more or (widest == 128 and _target(q) == "sm_80") else plain
-
-
-def _target(q: Tensor) -> str:
-    if recording():
-        return recorded_target()
-    if not torch.backends.cuda.is_built():  # kernels run from their IR on a CPU: the sanitizer lane
-        return "sm_90"
-    return target_of(torch.cuda.get_device_capability(q.device))
+    return NARROWER[widest] if more or (widest == 128 and target_of(capability(q)) == "sm_80") else plain
 
 
 def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """Passes of the CPU paths that PyTorch would take several operators for: C++ in cpu/, built at first use.
 
 One pass reads each value once, computes in float32 and rounds once, where a composition of ATen operators
-passes over float32 copies, and the logarithmic ones go through libraries that are slow on some processors.
-GPT 17M's hidden layer (2048 x 1536 bfloat16, one thread of an AVX512 processor): benchmarks/results.
+passes over float32 copies, and exponentials may go through libraries that are slow on some processors.
+Products with float32 sums are there too, which ATen's and oneDNN's bfloat16 products round away.
 
 Where no C++ compiler is installed, or the build fails, `available()` is False and the ATen compositions run:
 slower, held to the same criterion. `obstacle()` says why; `fusekit doctor` shows it.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.fp8_format import LARGEST_SCALE, TOP_EXPONENT, Operand
-from fusekit.kernels.launch import launch, recorded_target, recording
+from fusekit.kernels.launch import capability, launch
 from fusekit.kernels.recipe import LARGEST, Recipe
 
 TILE = 128
@@ -196,9 +196,7 @@ def _cast_rows(
 
 def has_exact_cast(x: Tensor) -> bool:
     """Whether the processor's cast to FP8 rounds once: Hopper and Blackwell."""
-    if recording():
-        return not recorded_target().startswith("sm_8")
-    return torch.cuda.get_device_capability(x.device)[0] >= 9
+    return capability(x)[0] >= 9
 
 
 def padded(size: int) -> int:

@@ -26,7 +26,7 @@ from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_exact import exact_product
 from fusekit.kernels.fp8_format import MX_GROUP, Operand, spread
 from fusekit.kernels.gemm_kernels import _place
-from fusekit.kernels.launch import launch, recorded_target, recording
+from fusekit.kernels.launch import capability, launch
 from fusekit.kernels.recipe import Recipe
 
 GROUP = 8  # block rows that neighbouring programs share
@@ -132,21 +132,15 @@ def product_kernel(
     tl.store(output_ptr + offsets, output.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
-    if recording():
-        return divmod(int(recorded_target().removeprefix("sm_")), 10)
-    return torch.cuda.get_device_capability(x.device)
-
-
 def multiplies_fp8(x: Tensor) -> bool:
     """Whether the tensor cores take e4m3: Ada, Hopper, Blackwell."""
-    return _capability(x) >= (8, 9)
+    return capability(x) >= (8, 9)
 
 
 def _tile(x: Tensor, scaling: str, native: bool, fast: bool) -> Tile:
     if not native:
         return DECODED_TILE
-    major, minor = _capability(x)
+    major, minor = capability(x)
     if (major, minor) == (8, 9) or major == 12:  # 99 KiB of shared memory
         return PROMOTED_TILE._replace(num_stages=2)
     if scaling == "block":

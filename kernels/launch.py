@@ -43,6 +43,15 @@ def recorded_target() -> str:
     return _target
 
 
+def capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability of x's GPU, or of the architecture whose launches are being recorded."""
+    if _recorded is not None:
+        return divmod(int(_target.removeprefix("sm_")), 10)
+    if not torch.backends.cuda.is_built():  # kernels run from their IR on a CPU: the sanitizer lane
+        return 9, 0
+    return torch.cuda.get_device_capability(x.device)
+
+
 def on_gpu(x: Tensor) -> bool:
     """Whether the op runs its Triton path: the tensor is on a GPU, or launches are being recorded."""
     return x.is_cuda or _recorded is not None

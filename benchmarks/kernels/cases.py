@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.clock import Call
+from fusekit.kernels.attention import reference as attention_reference
+from fusekit.kernels.attention_form import band
 from fusekit.kernels.op import Op, Sample
 
 CACHE_BYTES = 256 << 20  # copies of the arguments together exceed every level-2 cache in use (H200: 50 MB)
@@ -119,15 +121,42 @@ def _add_rms_norm(x, residual, weight, eps, offset=0.0):  # type: ignore[no-unty
 
 
 def _attention(
-    q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False
-):  # type: ignore[no-untyped-def]
-    if mask is not None and causal:
-        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        mask, causal = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -math.inf), False
+    q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False,
+    window=None, offset=0, softcap=None, sinks=None,
+):  # type: ignore[no-untyped-def] # fmt: skip
+    if softcap is not None or sinks is not None:  # PyTorch has no such attention: written out
+        return attention_reference(
+            q, k, v, mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks
+        )
+    if window is not None or (causal and (offset or mask is not None)):
+        low, high = band(causal, window, offset)
+        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(high).triu(low)
+        added = mask is not None and mask.dtype != torch.bool
+        mask = mask.masked_fill(~keep, -math.inf) if added else keep if mask is None else mask & keep
+        causal = False
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout, causal, scale=scale, **({"enable_gqa": True} if grouped else {})
     )
+
+
+def _mlp(x, w1, b1, w2, b2, residual=None, act="gelu", tf32=False):  # type: ignore[no-untyped-def]
+    return _linear_act(_linear_act(x, w1, b1, None, act), w2, b2, residual)
+
+
+def _gated_mlp(
+    x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, act="silu", up_first=False, tf32=False
+):  # type: ignore[no-untyped-def]
+    if w_up is None:
+        gate, up = F.linear(x, w_gate, b_gate).chunk(2, -1)
+        gate, up = (up, gate) if up_first else (gate, up)
+    else:
+        gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
+    return F.linear(_ACTIVATIONS[act](gate) * up, w_down, b_down)
+
+
+def _qkv_linear(x, w_q, w_k, w_v, b_q=None, b_k=None, b_v=None, tf32=False):  # type: ignore[no-untyped-def]
+    return F.linear(x, w_q, b_q), F.linear(x, w_k, b_k), F.linear(x, w_v, b_v)
 
 
 def _rope(x, cos, sin, interleaved=False, rotary=None):  # type: ignore[no-untyped-def]
@@ -176,7 +205,10 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "add_layer_norm": _add_layer_norm,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
+    "gated_mlp": _gated_mlp,
     "linear_act": _linear_act,
+    "mlp": _mlp,
+    "qkv_linear": _qkv_linear,
     "rms_norm_rope": _rms_norm_rope,
     "rope": _rope,
     "linear_cross_entropy": _linear_cross_entropy,
