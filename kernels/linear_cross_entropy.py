@@ -29,7 +29,7 @@ from torch import Tensor
 from fusekit.kernels import linear_cpu, linear_cross_entropy_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.gemm import matmul
-from fusekit.kernels.launch import launch, on_gpu, recording
+from fusekit.kernels.launch import launch, on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample, not_runnable
 
@@ -192,10 +192,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("linear_cross_entropy")
-        # `loss.backward()` hands over 1: on a CPU one can look, and spare a pass over the weight's gradient.
-        one = grad_output.device.type == "cpu" and not recording() and bool(grad_output == 1)
         scaled = (
-            (saved if one else saved * grad_output).to(dtype) if need else None
+            (saved * grad_output).to(dtype) if need else None
             for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         )
         return *scaled, None, None, None, None
