@@ -35,13 +35,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, out: Te
 
 
 def backward(
-    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
-    scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, causal: bool, scale: float,
+    dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Write dq, dk, dv, each with its features adjacent."""
     dy = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
-    strides = _strides(q, k, v, out, dy, dq, dk, dv)
-    tensors = (q, k, v, out, dy, lse, dq, dk, dv)
+    strides = _strides(q, k, v, dy, dq, dk, dv)
+    tensors = (q, k, v, dy, lse, dq, dk, dv)
     cpu_library.call("attention_backward", *tensors, strides, *_sizes(q, k, v), int(causal), scale)
 
 

@@ -54,7 +54,7 @@ def backward(
     """dq, dk, dv, each laid out as (B, T, H, D)."""
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     if attention_cpu.takes(q, k, v, mask, dropout):
-        attention_cpu.backward(grad_output, q, k, v, out, stats, causal, scale, dq, dk, dv)
+        attention_cpu.backward(grad_output, q, k, v, stats, causal, scale, dq, dk, dv)
         return dq, dk, dv
     large = len(stats) == 2 and bool((stats[0].abs() > LARGEST_LSE).any())
     if _flash_fits(q, k, v, dropout) and not large:

@@ -44,7 +44,7 @@ def forward(
     weight, wide_bias = weight.to(dtype), None if bias is None else bias.float()
     wanted = any(g is not None for g in (grad_x, grad_weight, grad_bias))
     if x.numel() and linear_cpu.compiled(x, weight, "none"):
-        settings = (targets, counts, smoothing)
+        settings = (safe, counts, smoothing)
         _forward_compiled(x, weight, wide_bias, *settings, losses, grad_x, grad_weight, grad_bias, share)
         return
     rows = min(M, max(64, CHUNK_BYTES // (4 * V)))
@@ -86,12 +86,16 @@ def _forward_compiled(
         )  # fmt: skip
         if dz is None:
             continue
+        # dz is without the -1 of the target, whose rows are taken off in float32
+        hit, off = targets[here], counts[here].to(torch.float32) * (share * (smoothing - 1.0))
         if grad_x is not None:
             _product(dz, weight, grad_x[here], first=True)
+            grad_x[here].addcmul_(weight[hit].float(), off[:, None])
         if grad_weight is not None:
             _product(dz.t(), h, grad_weight, first=start == 0)
+            grad_weight.index_add_(0, hit, h.float() * off[:, None])
         if grad_bias is not None:
-            total = dz.sum(0, dtype=torch.float32)
+            total = dz.sum(0, dtype=torch.float32).index_add_(0, hit, off)
             grad_bias.add_(total) if start else grad_bias.copy_(total)
 
 

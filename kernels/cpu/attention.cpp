@@ -99,19 +99,13 @@ struct Packed {  // of one query head, for the backward pass
     std::vector<float> lse, delta;
 };
 
-static void pack_queries(Packed& x, Head q, Head dy, Head out, const float* lse, const Sizes& z) {
+static void pack_queries(Packed& x, Head q, Head dy, const float* lse, const Sizes& z) {
     pack_transposed(q.x, q.stride, z.queries, z.features / 2, x.q_turned.data());
     pack_transposed(dy.x, dy.stride, z.queries, z.values / 2, x.dy_turned.data());
     pack_pairs(q.x, q.stride, z.queries, z.features, padded_features(z.features), x.q_pairs.data());
     pack_pairs(dy.x, dy.stride, z.queries, z.values, padded_features(z.values), x.dy_pairs.data());
     for (int64_t m = 0; m < blocks(z.queries) * BLOCK; m++) {
-        Lane products = all(0.f);
-        for (int64_t d = 0; m < z.queries && d < z.values; d += LANES) {
-            int64_t left = z.values - d;
-            Lane y = load(out.x + m * out.stride + d, left);
-            products = fused(y, load(dy.x + m * dy.stride + d, left), products);
-        }
-        x.delta[m] = sum(products);
+        x.delta[m] = 0.f;
         x.lse[m] = m < z.queries ? lse[m] : INFINITY;  // no probability past the last query
     }
 }
@@ -122,12 +116,32 @@ struct Tile {
     uint32_t ds_pairs[BLOCK / 2 * BLOCK];
 };
 
+// S and dP of a block of keys against one of queries, turned.
+static void scores_and_dp(Tile& t, const Packed& x, Head k, Head v, int64_t j, int64_t i, const Sizes& z) {
+    int64_t n0 = j * BLOCK, rows = least(BLOCK, z.keys - n0), qk = z.features / 2, vv = z.values / 2;
+    product(rows, BLOCK, qk, k.x + n0 * k.stride, k.stride, x.q_turned.data() + i * qk * BLOCK, BLOCK, t.scores, BLOCK, false);
+    product(rows, BLOCK, vv, v.x + n0 * v.stride, v.stride, x.dy_turned.data() + i * vv * BLOCK, BLOCK, t.dp, BLOCK, false);
+}
+
+// delta = rowsum(P dP). The usual rowsum(dy y) takes it from y as it was rounded, and dP - delta is a difference of
+// near equals: rows of dk would be off by several roundings.
+static void add_delta(Tile& t, Packed& x, Head k, Head v, int64_t j, int64_t i, const Sizes& z) {
+    scores_and_dp(t, x, k, v, j, i, z);
+    float *lse = x.lse.data() + i * BLOCK, *delta = x.delta.data() + i * BLOCK;
+    for (int64_t n = 0; n < least(BLOCK, z.keys - j * BLOCK); n++) {
+        int64_t first = z.causal ? j * BLOCK + n - i * BLOCK : 0;
+        for (int64_t m = 0; m < BLOCK; m += 16) {
+            Lane e = exponential(fused(load(t.scores + n * BLOCK + m, 16), all(z.scale), all(0.f) - load(lse + m, 16)));
+            store(delta + m, fused(zero_before(first - m, e), load(t.dp + n * BLOCK + m, 16), load(delta + m, 16)), 16);
+        }
+    }
+}
+
 static void backward_block(Tile& t, const Packed& x, Head k, Head v, const bf16* k_turned, int64_t j, int64_t i,
                            float* dq, float* dk, float* dv, const Sizes& z) {
     int64_t n0 = j * BLOCK, rows = least(BLOCK, z.keys - n0), half = BLOCK / 2;
-    int64_t qk = z.features / 2, vv = z.values / 2, wide_k = padded_features(z.features), wide_v = padded_features(z.values);
-    product(rows, BLOCK, qk, k.x + n0 * k.stride, k.stride, x.q_turned.data() + i * qk * BLOCK, BLOCK, t.scores, BLOCK, false);
-    product(rows, BLOCK, vv, v.x + n0 * v.stride, v.stride, x.dy_turned.data() + i * vv * BLOCK, BLOCK, t.dp, BLOCK, false);
+    int64_t wide_k = padded_features(z.features), wide_v = padded_features(z.values);
+    scores_and_dp(t, x, k, v, j, i, z);
     const float *lse = x.lse.data() + i * BLOCK, *delta = x.delta.data() + i * BLOCK;
     for (int64_t n = 0; n < BLOCK; n++) {
         bf16 *p = t.p + n * BLOCK, *ds = t.ds_rows + n * BLOCK;
@@ -188,8 +202,8 @@ extern "C" void attention_forward(const bf16* q, const bf16* k, const bf16* v, b
     }
 }
 
-// strides: of q, k, v, out, dy, dq, dk, dv.
-extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16* out, const bf16* dy,
+// strides: of q, k, v, dy, dq, dk, dv.
+extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16* dy,
                                    const float* lse, bf16* dq, bf16* dk, bf16* dv, const int64_t* strides,
                                    int64_t batch, int64_t heads, int64_t key_heads, int64_t queries, int64_t keys,
                                    int64_t features, int64_t values, int64_t causal, float scale, int threads) {
@@ -209,17 +223,19 @@ extern "C" void attention_backward(const bf16* q, const bf16* k, const bf16* v, 
         Head kh = head_of(k, strides + 3, b, shared), vh = head_of(v, strides + 6, b, shared);
         turn(kh.x, kh.stride, keys, features, k_turned.data());
         for (int64_t h = shared * group; h < (shared + 1) * group; h++) {
-            pack_queries(x, head_of(q, strides, b, h), head_of(dy, strides + 12, b, h), head_of(out, strides + 9, b, h),
+            pack_queries(x, head_of(q, strides, b, h), head_of(dy, strides + 9, b, h),
                          lse + (b * heads + h) * queries, z);
+            for (int64_t j = 0; j < blocks(keys); j++)
+                for (int64_t i = z.causal ? j : 0; i < blocks(queries); i++) add_delta(tile[0], x, kh, vh, j, i, z);
             std::memset(dq_sums.data(), 0, dq_sums.size() * sizeof(float));
             for (int64_t j = 0; j < blocks(keys); j++)
                 for (int64_t i = z.causal ? j : 0; i < blocks(queries); i++)
                     backward_block(tile[0], x, kh, vh, k_turned.data(), j, i, dq_sums.data(), dk_sums.data(),
                                    dv_sums.data(), z);
-            store_turned(dq_sums.data(), head_of(dq, strides + 15, b, h), queries, features);
+            store_turned(dq_sums.data(), head_of(dq, strides + 12, b, h), queries, features);
         }
-        store_rows(dk_sums.data(), wide_k, head_of(dk, strides + 18, b, shared), keys, features);
-        store_rows(dv_sums.data(), wide_v, head_of(dv, strides + 21, b, shared), keys, values);
+        store_rows(dk_sums.data(), wide_k, head_of(dk, strides + 15, b, shared), keys, features);
+        store_rows(dv_sums.data(), wide_v, head_of(dv, strides + 18, b, shared), keys, values);
     }
 }
 #endif

@@ -74,7 +74,7 @@ extern "C" void linear_forward(const bf16* x, int64_t x_stride, const bf16* w, i
 }
 
 // Softmax and cross entropy of a row of float32 logits with their bias added: its loss, and in dz the gradient of
-// `share` times the loss.
+// `share` times the loss without the target's -(1 - smoothing): beside that one, p would be rounded away.
 static void soften(const float* z, int64_t classes, int64_t target, float smoothing, float share, float* loss,
                    bf16* dz) {
     // A NaN is not larger than anything; it comes back through the sums, in the loss and in every gradient.
@@ -95,7 +95,6 @@ static void soften(const float* z, int64_t classes, int64_t target, float smooth
     Lane inverse = all(share / total), rest = all(-share * spread);
     for (int64_t j = 0; j < classes; j += LANES)
         store(dz + j, fused(exponential(load(z + j, classes - j) - all(top)), inverse, rest), classes - j);
-    dz[target] = narrow(share * (std::exp(z[target] - top) / total - spread - (1.f - smoothing)));
 }
 
 // Losses of x W^T + bias, and, where dz is not null, dz (rows, classes). A row that does not count gets zeros.
