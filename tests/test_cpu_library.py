@@ -123,6 +123,18 @@ def test_attention_of_any_size(batch, key_heads, group, queries, keys, features,
 
 
 @needs_products
+def test_attention_of_values_with_a_large_mean():
+    """dP - delta is a difference of near equals: delta from the rounded output would spoil dq and dk."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 100, 32).to(BF16) for _ in range(3))
+    args = tuple(x.requires_grad_() for x in (q, k, (v + 8).detach()))
+    truth = results_and_grads(lambda *a: reference(*a, None, True), widen(args))
+    fused = results_and_grads(lambda *a: OPS["attention"].fused(*a, None, True), args)
+    for name in ("grad_0", "grad_1"):
+        assert error(fused[name], truth[name]) < 2.5 * FLOOR, name
+
+
+@needs_products
 def test_attention_keeps_a_nan_in_its_row():
     q, k, v = (torch.randn(1, 2, 70, 16).to(BF16) for _ in range(3))
     q[0, 1, 5, 3] = math.nan

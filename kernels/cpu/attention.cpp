@@ -16,13 +16,11 @@ struct Head {  // (length, features) of one head, features adjacent
     int64_t stride;
 };
 
-
 static Head head_of(const bf16* x, const int64_t* s, int64_t batch, int64_t head) {
     return {const_cast<bf16*>(x) + batch * s[0] + head * s[1], s[2]};
 }
 
 static int64_t blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t padded_features(int64_t features) { return (features + 15) / 16 * 16; }
 
 struct Sizes {
@@ -132,7 +130,8 @@ static void add_delta(Tile& t, Packed& x, Head k, Head v, int64_t j, int64_t i, 
         int64_t first = z.causal ? j * BLOCK + n - i * BLOCK : 0;
         for (int64_t m = 0; m < BLOCK; m += 16) {
             Lane e = exponential(fused(load(t.scores + n * BLOCK + m, 16), all(z.scale), all(0.f) - load(lse + m, 16)));
-            store(delta + m, fused(zero_before(first - m, e), load(t.dp + n * BLOCK + m, 16), load(delta + m, 16)), 16);
+            Lane seen = zero_before(first - m, e * load(t.dp + n * BLOCK + m, 16));  // what is not may be infinite
+            store(delta + m, load(delta + m, 16) + seen, 16);
         }
     }
 }

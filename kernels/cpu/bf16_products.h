@@ -12,6 +12,8 @@
 
 static const int64_t BLOCK = 64;
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <int R, int Z>
 static inline void tile(const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
                         int64_t pairs, bool add) {

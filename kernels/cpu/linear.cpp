@@ -13,8 +13,6 @@
 
 static const int64_t PAIRS = 96;  // summed at a time: such a block of W is 24 KiB
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 using Words = std::unique_ptr<uint32_t[]>;  // not initialised: all of it is written
 
 static Words packed(const bf16* w, int64_t stride, int64_t rows, int64_t pairs, int threads) {
