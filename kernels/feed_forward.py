@@ -8,7 +8,8 @@ M rows (tokens), K input features, H hidden features, N output features; e bytes
 where gate and up are in what the first products give.
 
 Forward, GPU: two products with everything in their epilogues; where gated, the first computes gate and up
-side by side (gated_gemm.py). Saved for backward: x, the weights, and z, or gate and up, rounded to x's dtype.
+side by side (gated_gemm.py). Saved for backward: x, the weights, and z, or gate and up, rounded to x's dtype,
+z at a scale that keeps the second rounding of h free of bias (hidden_cpu.z_scale).
 h is never saved, except where it is all that the derivative reads (ReLU, no activation): then z is not.
 
 Backward, GPU: dh = dy @ w_out. Plain, the epilogue makes dz = dh * act'(z) of it, recomputes h and sums the
@@ -32,7 +33,7 @@ from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul, sum_partials
-from fusekit.kernels.hidden_cpu import PACKED, parts, stores_hidden
+from fusekit.kernels.hidden_cpu import PACKED, parts, stores_hidden, z_scale
 from fusekit.kernels.launch import Plans, Repeated, kind_of, on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.linear_act import _dact, _optional_rows, _rows, _shape, _use_tf32, share_rows
@@ -71,7 +72,7 @@ def reference(
 @triton.jit
 def _hidden_backward_kernel(
     dh_ptr, z_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, partial_ptr, partial_up_ptr, M, N, rows_per_program,
-    stride_z, stride_dz, stride_partial, ACT: tl.constexpr, BACKWARD: tl.constexpr,
+    stride_z, stride_dz, stride_partial, ACT: tl.constexpr, BACKWARD: tl.constexpr, Z_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -86,6 +87,8 @@ def _hidden_backward_kernel(
         z_offsets = rows[:, None] * stride_z + columns[None, :]
         dz_offsets = rows[:, None] * stride_dz + columns[None, :]
         z = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(tl.float32)
+        if Z_SCALE != 1.0:
+            z *= 1.0 / Z_SCALE
         h = ACT(z)
         if up_ptr is not None:
             up = tl.load(up_ptr + z_offsets, mask=mask, other=0.0).to(tl.float32)
@@ -130,7 +133,8 @@ def _forward_triton(
         keeps = stores_hidden(act, form)
         h = saved[0] if saved and keeps else x.new_empty((x.shape[0], weights[0].shape[0]))
         z = saved[0] if saved and not keeps else None
-        matmul(x, weights[0].t(), h, bias=biases[0], act=act, z=z, tf32=tf32)
+        scale = z_scale(x.dtype, form)
+        matmul(x, weights[0].t(), h, bias=biases[0], act=act, z=z, z_scale=scale, tf32=tf32)
     else:
         h = x.new_empty((x.shape[0], w_out.shape[1]))
         gated_matmul(x, weights, biases, act, form, h, saved, tf32)
@@ -145,7 +149,7 @@ def _hidden_pass(
     z, up = parts(saved, form)
     M, H = z.shape
     key = act, form, with_h, with_bias, M, H, z.get_device(), *map(kind_of, (z, up, dh))
-    start, programs, rows = _hidden_passes(key, lambda: _plan_hidden_pass(M, H, act))
+    start, programs, rows = _hidden_passes(key, lambda: _plan_hidden_pass(M, H, act, z_scale(z.dtype, form)))
     h = z.new_empty((M, H)) if with_h else None
     dzs = [] if dh is None else [torch.empty_like(t) for t in saved]
     if dh is not None and form == "gated":
@@ -163,13 +167,13 @@ def _hidden_pass(
 _hidden_passes = Plans()
 
 
-def _plan_hidden_pass(M: int, H: int, act: str) -> tuple[Repeated, int, int]:
+def _plan_hidden_pass(M: int, H: int, act: str, scale: float) -> tuple[Repeated, int, int]:
     """The start, the programs that share the rows, and the rows of each."""
     programs, rows = share_rows(M, H, BLOCK_M, BLOCK_N, PROGRAMS)
     start = Repeated(
         _hidden_backward_kernel, (triton.cdiv(H, BLOCK_N), programs),
         ACT=ACTIVATIONS[act].kernel, BACKWARD=ACTIVATIONS[act].kernel_backward,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+        Z_SCALE=scale, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
     )  # fmt: skip
     return start, programs, rows
 
@@ -206,7 +210,8 @@ def _backward_triton(
         dh = grad.new_empty((grad.shape[0], w_out.shape[1]))
     if dh is not None and form == "plain":
         h = torch.empty_like(dh) if with_h else None
-        matmul(grad, w_out, dh, dact=act, z=saved[0], h=h, grad_bias=grad_biases[0], tf32=tf32)
+        scale = 1.0 if stores_hidden(act, form) else z_scale(grad.dtype, form)
+        matmul(grad, w_out, dh, dact=act, z=saved[0], z_scale=scale, h=h, grad_bias=grad_biases[0], tf32=tf32)
         dzs = [dh]
     else:
         if dh is not None:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import linear_cpu
-from fusekit.kernels.hidden_cpu import activate, activate_whole, compiled, derive, derive_whole, stores_hidden
+from fusekit.kernels.hidden_cpu import (
+    activate,
+    activate_whole,
+    compiled,
+    derive,
+    derive_whole,
+    stores_hidden,
+    z_scale,
+)
 from fusekit.kernels.linear_cpu import PASS_BYTES, _affine, _row_blocks, multiplies
 
 
@@ -33,7 +41,8 @@ def forward(
     keeps = stores_hidden(act, form)
     h = saved[0] if saved and keeps else x.new_empty((len(x), w_out.shape[1]))
     if form == "plain":
-        linear_cpu.forward(x, weights[0], biases[0], None, act, h, saved[0] if saved and not keeps else None)
+        z = saved[0] if saved and not keeps else None
+        linear_cpu.forward(x, weights[0], biases[0], None, act, h, z, z_scale(x.dtype, form))
     else:
         _gate(x, weights, biases, act, form, h, saved)
     linear_cpu.forward(h, w_out, b_out, residual, "none", y, None)
@@ -102,10 +111,11 @@ def _hidden_gradients(
     dzs = [torch.empty_like(t) for t in saved] if inner else []
     if dh is not None and compiled(act, grad.dtype):
         return dh, dzs, derive_whole(saved, dh, act, form, dzs)
+    rescale = 1.0 if stores_hidden(act, form) else 1.0 / z_scale(grad.dtype, form)
     h = grad.new_empty((len(grad), w_out.shape[1]))
     sums = [grad.new_zeros(dz.shape[1], dtype=torch.float32) for dz in dzs]
     for rows in _row_blocks(len(grad), sum(t.shape[1] for t in saved), PASS_BYTES):
-        narrow = [t[rows].float() for t in saved]
+        narrow = [t[rows].float().mul_(rescale) for t in saved]
         h[rows], block_dzs = derive(narrow, None if dh is None else dh[rows].float(), act, form)
         for dz, block_dz, total in zip(dzs, block_dzs, sums, strict=False):
             dz[rows] = block_dz

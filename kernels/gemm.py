@@ -63,6 +63,7 @@ def matmul(
     dact: str | None = None,
     h: Tensor | None = None,
     grad_bias: Tensor | None = None,
+    z_scale: float = 1.0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     seed_offset: int = 0,
@@ -83,6 +84,7 @@ def matmul(
         dact: the activation whose derivative at z makes this the backward form; then no bias, act, residual.
         h: (M, N) with output's strides; backward: where dropout(act(z)) is stored.
         grad_bias: (N,) contiguous; backward: where the column sums of output are stored.
+        z_scale: what is stored is z_scale z; see hidden_cpu.z_scale.
         dropout: probability, of either form; element (i, j) is dropped by number i N + j of Philox.
         seed: one int64 element, needed where dropout is not 0.
         seed_offset: added to the seed.
@@ -90,8 +92,8 @@ def matmul(
     """
     seed = seed if dropout else None
     tensors = (a, b, output, bias, residual, z, h, grad_bias, seed)
-    key = (act, dact, tf32, config, splits, a.get_device(), a.shape, b.shape, *map(kind_of, tensors))
-    plan = _plans(key, lambda: _plan(tensors, act, tf32, dact, config, splits))
+    key = (act, dact, z_scale, tf32, config, splits, a.get_device(), a.shape, b.shape, *map(kind_of, tensors))
+    plan = _plans(key, lambda: _plan(tensors, act, tf32, dact, z_scale, config, splits))
     if plan.swapped:
         a, b, output = b.t(), a.t(), output.t()
     target, partials = output, None
@@ -114,6 +116,7 @@ def _plan(
     act: str,
     tf32: bool,
     dact: str | None,
+    z_scale: float,
     config: Config | None,
     splits: int,
 ) -> Plan:
@@ -137,6 +140,7 @@ def _plan(
     meta: dict[str, Any] = {
         "ACT": ACTIVATIONS[dact or act].kernel,
         "DACT": backward,
+        "Z_SCALE": z_scale,
         "PRECISION": "tf32" if tf32 else "ieee",
         "SPLITS": splits,
         "BLOCK_M": config.m,

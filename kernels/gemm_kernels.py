@@ -35,7 +35,7 @@ def _dropout_scale(seed_ptr, seed_offset, dropout, number):
 def _finish(
     accumulator, rows, columns, block_m, M, N, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr,
     seed_ptr, seed_offset, dropout, stride_om, stride_on, stride_rm, stride_rn,
-    ACT: tl.constexpr, DACT: tl.constexpr,
+    ACT: tl.constexpr, DACT: tl.constexpr, Z_SCALE: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of one tile. Offsets are 64 bits wide: they may pass 2^31 elements."""
     mask = (rows < M)[:, None] & (columns < N)[None, :]
@@ -48,6 +48,8 @@ def _finish(
         scale = _dropout_scale(seed_ptr, seed_offset, dropout, wide_rows * N + wide_columns)
     if DACT is not None:
         z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if Z_SCALE != 1.0:
+            z *= 1.0 / Z_SCALE
         output = DACT(accumulator * scale, z)
         if partial_ptr is not None:
             total = tl.sum(tl.where(mask, output, 0.0), axis=0)
@@ -57,7 +59,8 @@ def _finish(
             tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
     else:
         if z_ptr is not None:
-            tl.store(z_ptr + offsets, accumulator.to(z_ptr.dtype.element_ty), mask=mask)
+            z = accumulator if Z_SCALE == 1.0 else accumulator * Z_SCALE
+            tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=mask)
         output = ACT(accumulator) * scale
         if residual_ptr is not None:
             residual = wide_rows * stride_rm + wide_columns * stride_rn
@@ -69,7 +72,8 @@ def _finish(
 def _finish_in_parts(
     accumulator, rows, column, block_m, M, N, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr,
     seed_ptr, seed_offset, dropout, stride_om, stride_on, stride_rm, stride_rn,
-    ACT: tl.constexpr, DACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    ACT: tl.constexpr, DACT: tl.constexpr, Z_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """PARTS halves the columns until an epilogue's operands fit beside the accumulator in registers."""
     WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -78,7 +82,7 @@ def _finish_in_parts(
         _finish(
             accumulator, rows, columns, block_m, M, N, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr,
             partial_ptr, seed_ptr, seed_offset, dropout, stride_om, stride_on, stride_rm, stride_rn,
-            ACT, DACT,
+            ACT, DACT, Z_SCALE,
         )  # fmt: skip
     else:
         halves = tl.permute(tl.reshape(accumulator, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -86,12 +90,12 @@ def _finish_in_parts(
         _finish_in_parts(
             left, rows, column, block_m, M, N, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr,
             partial_ptr, seed_ptr, seed_offset, dropout, stride_om, stride_on, stride_rm, stride_rn,
-            ACT, DACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
+            ACT, DACT, Z_SCALE, BLOCK_M, BLOCK_N // 2, PARTS // 2,
         )  # fmt: skip
         _finish_in_parts(
             right, rows, column + BLOCK_N // 2, block_m, M, N, output_ptr, bias_ptr, residual_ptr, z_ptr,
             h_ptr, partial_ptr, seed_ptr, seed_offset, dropout, stride_om, stride_on, stride_rm, stride_rn,
-            ACT, DACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
+            ACT, DACT, Z_SCALE, BLOCK_M, BLOCK_N // 2, PARTS // 2,
         )  # fmt: skip
 
 
@@ -100,7 +104,8 @@ def tile_kernel(
     a_ptr, b_ptr, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr, seed_ptr,
     M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_rm, stride_rn,
     seed_offset, dropout,
-    ACT: tl.constexpr, DACT: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    ACT: tl.constexpr, DACT: tl.constexpr, Z_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +147,7 @@ def tile_kernel(
     _finish_in_parts(
         accumulator, rows, block_n * BLOCK_N, block_m, M, N, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr,
         partial_ptr, seed_ptr, seed_offset, dropout, stride_om, stride_on, stride_rm, stride_rn,
-        ACT, DACT, BLOCK_M, BLOCK_N, PARTS,
+        ACT, DACT, Z_SCALE, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
 
 
@@ -151,7 +156,8 @@ def persistent_kernel(
     a_ptr, b_ptr, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr, seed_ptr,
     M, N, K, stride_a, stride_b, stride_om, stride_on, stride_rm, stride_rn, seed_offset, dropout,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
-    ACT: tl.constexpr, DACT: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    ACT: tl.constexpr, DACT: tl.constexpr, Z_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, SPECIALISE: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +193,7 @@ def persistent_kernel(
         _finish_in_parts(
             accumulator, rows, column, block_m, M, N, plane_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr,
             partial_ptr, seed_ptr, seed_offset, dropout, stride_om, stride_on, stride_rm, stride_rn,
-            ACT, DACT, BLOCK_M, BLOCK_N, PARTS,
+            ACT, DACT, Z_SCALE, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
 
 

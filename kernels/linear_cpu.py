@@ -48,18 +48,20 @@ def forward(
     act: str,
     y: Tensor,
     z: Tensor | None,
+    z_scale: float = 1.0,
 ) -> None:
-    """Write act(x @ weight.T + bias) + residual to y, and the pre-activation to z.
+    """Write act(x @ weight.T + bias) + residual to y, and z_scale times the pre-activation to z.
 
     Args:
         x: (M, K); weight: (N, K); bias: (N,); residual: (M, N); any strides.
         act: a key of ACTIVATIONS.
         y, z: (M, N), contiguous.
+        z_scale: 1 in float32.
     """
     if (act != "none" or residual is not None) and compiled(x, weight, act):  # oneDNN's own are as fast
-        _forward_compiled(x, weight, bias, residual, act, y, z)
+        _forward_compiled(x, weight, bias, residual, act, y, z, z_scale)
     elif _widens(x, residual, act):
-        _forward_widened(x, weight, bias, residual, act, y, z)
+        _forward_widened(x, weight, bias, residual, act, y, z, z_scale)
     elif x.dtype == torch.float32:
         _affine(x, weight, bias, y if z is None else z)
         if act != "none" or residual is not None:
@@ -69,7 +71,7 @@ def forward(
     else:
         y.copy_(apply_with_epilogue(x, weight, bias, act))
         if z is not None:
-            _affine(x, weight, bias, z)
+            _affine(x, weight, bias, z, z_scale)
 
 
 def _widens(x: Tensor, residual: Tensor | None, act: str) -> bool:
@@ -93,13 +95,14 @@ def _forward_compiled(
     act: str,
     y: Tensor,
     z: Tensor | None,
+    z_scale: float = 1.0,
 ) -> None:
     x, weight = adjacent(x), adjacent(weight)
     residual = None if residual is None else adjacent(residual)
     cpu_library.call(
         "linear_forward", x, x.stride(0), weight, weight.stride(0), None if bias is None else bias.float(),
         residual, 0 if residual is None else residual.stride(0), cpu_library.ACTIVATIONS.index(act), y, z,
-        *y.shape, x.shape[1],
+        z_scale, *y.shape, x.shape[1],
     )  # fmt: skip
 
 
@@ -128,13 +131,14 @@ def _forward_widened(
     act: str,
     y: Tensor,
     z: Tensor | None,
+    z_scale: float = 1.0,
 ) -> None:
     weight, bias = weight.float(), None if bias is None else bias.float()
     for rows in _row_blocks(*y.shape):
         wide = y.new_empty(y[rows].shape, dtype=torch.float32)
         _affine(x[rows].float(), weight, bias, wide)
         if z is not None:
-            z[rows] = wide
+            z[rows] = wide * z_scale
         _finish(wide, None if residual is None else residual[rows], act, y[rows])
 
 
@@ -221,11 +225,13 @@ def _row_blocks(M: int, N: int, size: int | None = None) -> Iterator[slice]:
     return (slice(start, min(start + rows, M)) for start in range(0, M, rows))
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scale: float = 1.0) -> None:
+    if bias is None and scale == 1.0:
         torch.mm(x, weight.t(), out=out)
+    elif bias is None:  # beta=0 ignores what the memory held
+        torch.addmm(out, x, weight.t(), alpha=scale, beta=0, out=out)
     else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        torch.addmm(bias, x, weight.t(), alpha=scale, beta=scale, out=out)
 
 
 def _finish(z: Tensor, residual: Tensor | None, act: str, y: Tensor) -> None:

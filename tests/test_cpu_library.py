@@ -56,16 +56,21 @@ def test_hidden_features_and_their_gradients(act, form):
         for _ in range(1 + (form == "gated"))
     ]
     dh = torch.randn(M, H).to(BF16)
-    wide = [t.double().requires_grad_() for t in z]
-    gate, up = hidden_cpu.parts(wide, form)
-    truth = ACTIVATIONS[act].reference(gate)
-    truth = truth if up is None else truth * up
-    truth.backward(dh.double())
-    assert rounded_once(hidden(act, z, form), truth.detach())
+
+    def differentiate(scale=1.0):
+        wide = [(t.double() / scale).requires_grad_() for t in z]
+        gate, up = hidden_cpu.parts(wide, form)
+        h = ACTIVATIONS[act].reference(gate)
+        h = h if up is None else h * up
+        h.backward(dh.double())
+        return h.detach(), [t.grad for t in wide]
+
+    assert rounded_once(hidden(act, z, form), differentiate()[0])
+    truth, grads = differentiate(hidden_cpu.z_scale(BF16, form))
     h, dzs = dh.clone(), [torch.empty_like(t) for t in z]
     sums = hidden_cpu.derive_whole(z, h, act, form, dzs)
-    assert rounded_once(h, truth.detach())
-    for dz, total, exact in zip(dzs, sums, (t.grad for t in wide), strict=True):
+    assert rounded_once(h, truth)
+    for dz, total, exact in zip(dzs, sums, grads, strict=True):
         assert rounded_once(dz, exact)
         assert error(total, exact.sum(0)) < 1e-5
 

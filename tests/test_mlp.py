@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusekit.kernels import feed_forward_whole, linear_cpu
+from fusekit.kernels import cpu_library, feed_forward_whole, linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.gated_mlp import OP as GATED
 from fusekit.kernels.mlp import OP as MLP
@@ -203,3 +203,35 @@ def test_flops_count_every_product():
     assert MLP.flops(*mlp_arguments("gelu")) == 2 * 70 * (33 * 40 + 40 * 24)
     assert GATED.flops(*gated_arguments("silu")) == 2 * 70 * (2 * 33 * 40 + 40 * 24)
     assert GATED.flops(*packed_arguments("silu")) == 2 * 70 * (2 * 33 * 40 + 40 * 24)
+
+
+def as_initialised(act, device="cpu", rows=256, K=128, H=512):
+    """An mlp of normed tokens, its weights as a GPT starts with them: most of z is small."""
+    generator = torch.Generator().manual_seed(0)
+    x, w1, w2 = (torch.randn(s, generator=generator) for s in ((rows, K), (H, K), (K, H)))
+    values = [x, 0.4 * K**-0.5 * w1, 0.4 * H**-0.5 * w2]
+    x, w1, w2 = (t.to(device, torch.bfloat16).requires_grad_() for t in values)
+    return x, w1, None, w2, None, None, act
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "silu"])
+def test_rounding_twice_does_not_bias_the_second_weights_gradient(act, compiled, monkeypatch):
+    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(feed_forward_whole, "multiplies", lambda dtype: True)
+    if not compiled:
+        monkeypatch.setattr(cpu_library, "available", lambda: False)
+        monkeypatch.setattr(cpu_library, "multiplies", lambda: False)
+    args = as_initialised(act)
+    truth = results_and_grads(lambda *a: MLP.reference(*a), widen(args))
+    fused = results_and_grads(MLP.fused, args)
+    assert bias_of(fused["grad_3"], truth["grad_3"]) < 1e-4
+    eager = results_and_grads(lambda *a: _mlp(*a), args)
+    if act == "gelu":  # the same sizes show the bias where there is one
+        assert bias_of(eager["grad_3"], truth["grad_3"]) > 1.5e-4
+
+
+def bias_of(grad, truth):
+    """The mean error towards or from zero, relative to the mean magnitude."""
+    mean = ((grad.double() - truth) * truth.sign()).mean()
+    return (mean.abs() / truth.abs().mean()).item()

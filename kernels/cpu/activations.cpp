@@ -16,12 +16,14 @@ static void forward_row(const bf16* gate, const bf16* up, bf16* h, int64_t colum
 static inline void add_to(float* sums, Lane x, int64_t left) { store(sums, load(sums, left) + x, left); }
 
 // h again, and dz of the gate (and of up), whose float32 column sums become the bias gradients. h may be dh.
+// A gate without up comes divided by `rescale`.
 template <int ACT, bool GATED>
 static void backward_row(const bf16* dh, const bf16* gate, const bf16* up, bf16* h, bf16* dgate, bf16* dup,
-                         float* sum_gate, float* sum_up, int64_t columns) {
+                         float* sum_gate, float* sum_up, float rescale, int64_t columns) {
     for (int64_t j = 0; j < columns; j += LANES) {
         int64_t left = columns - j;
-        Value v = activate<ACT>(load(gate + j, left));
+        Lane z = load(gate + j, left);
+        Value v = activate<ACT>(GATED ? z : all(rescale) * z);
         Lane grad = load(dh + j, left), y = v.y, dz = grad * v.slope;
         if (GATED) {
             Lane u = load(up + j, left), du = grad * v.y;
@@ -51,7 +53,7 @@ static void forward(const bf16* gate, const bf16* up, bf16* h, int64_t rows, int
 template <int ACT>
 static void backward(const bf16* dh, const bf16* gate, const bf16* up, bf16* h, bf16* dgate, bf16* dup,
                      float* sums_gate, float* sums_up, int64_t rows, int64_t columns, int64_t stride,
-                     int64_t parts, int threads) {
+                     float rescale, int64_t parts, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t part = 0; part < parts; part++) {
         float *sum_gate = sums_gate + part * columns, *sum_up = sums_up ? sums_up + part * columns : nullptr;
@@ -59,10 +61,10 @@ static void backward(const bf16* dh, const bf16* gate, const bf16* up, bf16* h, 
             int64_t at = i * stride, dense = i * columns;
             if (up)
                 backward_row<ACT, true>(dh + dense, gate + at, up + at, h + dense, dgate + at, dup + at, sum_gate,
-                                        sum_up, columns);
+                                        sum_up, rescale, columns);
             else
                 backward_row<ACT, false>(dh + dense, gate + at, nullptr, h + dense, dgate + at, nullptr, sum_gate,
-                                         nullptr, columns);
+                                         nullptr, rescale, columns);
         }
     }
 }
@@ -74,6 +76,7 @@ extern "C" void hidden_forward(int64_t act, const bf16* gate, const bf16* up, bf
 
 extern "C" void hidden_backward(int64_t act, const bf16* dh, const bf16* gate, const bf16* up, bf16* h, bf16* dgate,
                                 bf16* dup, float* sums_gate, float* sums_up, int64_t rows, int64_t columns,
-                                int64_t stride, int64_t parts, int threads) {
-    FOR_ACTIVATION(act, backward, dh, gate, up, h, dgate, dup, sums_gate, sums_up, rows, columns, stride, parts, threads)
+                                int64_t stride, float rescale, int64_t parts, int threads) {
+    FOR_ACTIVATION(act, backward, dh, gate, up, h, dgate, dup, sums_gate, sums_up, rows, columns, stride, rescale,
+                   parts, threads)
 }

@@ -36,6 +36,7 @@ struct Epilogue {
     const bf16* residual;
     int64_t residual_stride;
     bf16 *y, *z;
+    float z_scale;
     int64_t features;
 };
 
@@ -47,20 +48,20 @@ static void finish(const float* sums, const Epilogue& e, int64_t m0, int64_t n0,
             int64_t left = columns - c, at = (m0 + r) * e.features + n0 + c;
             Lane z = load(sums + r * BLOCK + c, LANES);
             if (e.bias) z = z + load(e.bias + n0 + c, left);
-            if (e.z) store(e.z + at, z, left);
+            if (e.z) store(e.z + at, all(e.z_scale) * z, left);
             Lane y = activate<ACT>(z).y;
             if (e.residual) y = y + load(e.residual + (m0 + r) * e.residual_stride + n0 + c, left);
             store(e.y + at, y, left);
         }
 }
 
-// y, z (or null): (rows, features), dense. bias (or null): float32. residual: (rows, features) or null.
+// y, z (or null; z_scale times it): (rows, features), dense. bias (or null): float32. residual: (rows, features) or null.
 extern "C" void linear_forward(const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, const float* bias,
                                const bf16* residual, int64_t residual_stride, int64_t act, bf16* y, bf16* z,
-                               int64_t rows, int64_t features, int64_t inputs, int threads) {
+                               float z_scale, int64_t rows, int64_t features, int64_t inputs, int threads) {
     int64_t pairs = inputs / 2, count = (features + BLOCK - 1) / BLOCK, row_blocks = (rows + BLOCK - 1) / BLOCK;
     Words words = packed(w, w_stride, features, pairs, threads);
-    Epilogue e{bias, residual, residual_stride, y, z, features};
+    Epilogue e{bias, residual, residual_stride, y, z, z_scale, features};
 #pragma omp parallel for num_threads(threads) collapse(2)
     for (int64_t m = 0; m < row_blocks; m++)
         for (int64_t n = 0; n < count; n++) {

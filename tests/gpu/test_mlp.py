@@ -61,3 +61,17 @@ def test_every_gated_configuration_of_the_tables(row):
     assert_close(gate, exact[0], K, tf32)
     assert_close(up, exact[1], K, tf32)
     assert_close(h, torch.nn.functional.silu(exact[0]) * exact[1], 2 * K, tf32)
+
+
+@pytest.mark.parametrize("act", ["gelu", "silu"])
+def test_rounding_twice_does_not_bias_the_second_weights_gradient(act):
+    """The mean error towards or from zero; 2.4e-4 where h is computed again from an ordinary bfloat16 z."""
+    generator = torch.Generator().manual_seed(0)
+    x, w1, w2 = (torch.randn(s, generator=generator) for s in ((64, 64), (256, 64), (64, 256)))
+    values = (x, 0.4 / 8 * w1, 0.4 / 16 * w2)
+    x, w1, w2 = (t.to("cuda", torch.bfloat16).requires_grad_() for t in values)
+    fused = results_and_grads(MLP.fused, (x, w1, None, w2, None, None, act))["grad_3"].double()
+    wide = (x.double(), w1.double(), None, w2.detach().double().requires_grad_(), None, None, act)
+    truth = results_and_grads(MLP.reference, wide)["grad_3"]
+    mean = ((fused - truth) * truth.sign()).mean().abs() / truth.abs().mean()
+    assert mean < 1e-4
