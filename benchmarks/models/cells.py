@@ -15,7 +15,9 @@ from fusekit.ceilings import Ceilings
 # what AdamW makes of small differences; a missing or wrong gradient changes what is learned by far more. A
 # gradient that is off by a constant factor is invisible to AdamW: the parity tests see that.
 # Measured, 12 steps of the small models on a CPU: eager bf16 and fusekit bf16 within 1.1e-4 of the loss, with
-# batch normalisation (ResNet) within 2.8e-3, which is 0.72 of a rounding.
+# batch normalisation (ResNet) within 2.8e-3, which is 0.72 of a rounding. In ResNet-50 itself eager bf16 is
+# 8.8e-3 away from the first float32 loss, and fusekit bf16 1e-4 from eager bf16's. So a loss may also be as
+# close to that of eager in its own precision.
 ROUNDING = {"float32": 1e-5, "bf16": 2**-8, "fp8": 2**-4}
 LEARNED_SHARE = {"float32": 0.05, "bf16": 0.1, "fp8": 0.2}
 
@@ -29,6 +31,7 @@ def cell(
     warm_up: int,
     clock: str,
     reference: Sequence[float] | None,
+    peer: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """What a contender measured.
 
@@ -37,11 +40,12 @@ def cell(
         facts: of the model, as `zoo.described` gives them.
         clock: "cpu" or "wall", the time that counts.
         reference: losses of the same steps in eager float32; None: they are not known.
+        peer: those of eager in the provider's precision, where they are known.
     """
     losses = [answer["loss"] for answer in answers]
     found: dict[str, Any] = {"losses": [loss if math.isfinite(loss) else None for loss in losses]}
     found |= {name: answers[0][name] for name in ("sites", "refused", "flops_covered") if name in answers[0]}
-    found |= _judged(losses, provider.precision, reference)
+    found |= _judged(losses, provider.precision, reference, peer)
     if "failed" in found:
         return found
     steady = list(answers[warm_up:]) or [answers[-1]]
@@ -64,17 +68,33 @@ def cell(
     }
 
 
-def _judged(losses: Sequence[float], precision: str, reference: Sequence[float] | None) -> dict[str, Any]:
+def _judged(
+    losses: Sequence[float],
+    precision: str,
+    reference: Sequence[float] | None,
+    peer: Sequence[float] | None,
+) -> dict[str, Any]:
     if reference is None:
         return {"loss_error": None}
     pairs = list(zip(losses, reference, strict=False))
     errors = [abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in pairs]
     for step, (ours, theirs) in enumerate(pairs):
-        allowed = ROUNDING[precision] * abs(reference[0])
-        allowed += LEARNED_SHARE[precision] * abs(reference[0] - theirs)
-        if not abs(ours - theirs) <= allowed:
-            return {
-                "failed": f"wrong losses: {ours:.5g} at step {step + 1}, where eager float32 has "
-                f"{theirs:.5g}; {allowed:.1g} is the most they may differ"
-            }
+        if _agrees(losses, reference, step, precision):
+            continue
+        if peer is not None and step < len(peer) and _agrees(losses, peer, step, precision):
+            continue
+        beside = "" if peer is None or step >= len(peer) else f", and eager {precision} {peer[step]:.5g}"
+        return {
+            "failed": f"wrong losses: {ours:.5g} at step {step + 1}, where eager float32 has {theirs:.5g}"
+            f"{beside}; {_allowed(reference, step, precision):.1g} is the most they may differ"
+        }
     return {"loss_error": max(errors), "losses_compared": len(pairs)}
+
+
+def _agrees(losses: Sequence[float], others: Sequence[float], step: int, precision: str) -> bool:
+    return abs(losses[step] - others[step]) <= _allowed(others, step, precision)
+
+
+def _allowed(others: Sequence[float], step: int, precision: str) -> float:
+    learned = abs(others[0] - others[step])
+    return ROUNDING[precision] * abs(others[0]) + LEARNED_SHARE[precision] * learned

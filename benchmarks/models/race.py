@@ -48,6 +48,7 @@ class Race:
         self.running: list[Contender] = []
         self.waiting: list[str] = []
         self.reference: list[float] | None = None
+        self.peers: dict[str, list[float]] = {}  # eager's losses, by precision
         self.warm_up = WARM_UP[self.device.type]
 
     def run(self, providers: Sequence[str]) -> None:
@@ -95,8 +96,11 @@ class Race:
             self._set(contender.provider, end.cell)
             self._stop(contender)
             return False
+        provider = PROVIDERS[contender.provider]
+        if provider.kind == "eager":
+            self.peers[provider.precision] = [answer["loss"] for answer in contender.answers]
         if contender.provider == REFERENCE:
-            self.reference = [answer["loss"] for answer in contender.answers]
+            self.reference = self.peers[provider.precision]
         return True
 
     def _take_turns(self) -> None:
@@ -147,6 +151,7 @@ class Race:
         found = cell(
             contender.answers, provider, self.facts, self.ceilings,
             warm_up=self.warm_up, clock=clock, reference=self.reference,
+            peer=self.peers.get(provider.precision),
         )  # fmt: skip
         self._set(contender.provider, found)
 

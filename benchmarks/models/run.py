@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.models.providers import FIRST, PROVIDERS, REFERENCE
+from benchmarks.models.providers import PROVIDERS, REFERENCE, in_order
 from benchmarks.models.race import Race
 from benchmarks.models.view import failures, line, table
 from benchmarks.models.zoo import ZOO, described
@@ -147,7 +147,7 @@ def _measure_all(
     console: Console,
 ) -> None:
     able = [name for name in settings.chosen_providers() if not results["providers"][name]["obstacle"]]
-    able.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    able = in_order(able, settings.device)
     models = [name for name in settings.chosen_models() if name not in results["done"]]
     starts: dict[str, float] = {}
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
