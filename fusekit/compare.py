@@ -146,16 +146,19 @@ def _run(name: str, spec: dict[str, Any], console: Console, deadline: float) -> 
             child.kill()
     if outcome is None:
         outcome = {"error": f"ended with exit code {code}; {errors} holds its last words"}
-    if "error" in outcome:
-        console.print(f"{name}: {outcome['error']}", highlight=False, soft_wrap=True)
+    if problem := outcome.get("error") or outcome.get("unchecked"):
+        console.print(f"{name}: {problem}", highlight=False, soft_wrap=True)
     return outcome
 
 
 def _follow(child: subprocess.Popen[str], monitor: Monitor, deadline: float) -> dict[str, Any] | None:
     phase, since, outcome = "starting", time.monotonic(), None
+    trained: dict[str, Any] | None = None
     for event in _events(child):
         if time.monotonic() > deadline and outcome is None:
             child.kill()
+            if trained is not None:
+                return trained | {"unchecked": f"no time was left for {phase}; --minutes gives more"}
             return {"error": f"stopped while {phase}: the time is over; --minutes gives more"}
         if event is None:
             monitor.status(f"{phase}, {time.monotonic() - since:.0f} s")
@@ -165,6 +168,8 @@ def _follow(child: subprocess.Popen[str], monitor: Monitor, deadline: float) -> 
         elif "step" in event:
             phase, since = "training", time.monotonic()
             monitor.show(event)
+        elif "trained" in event:
+            trained = event["trained"]
         elif "summary" in event:
             outcome = event["summary"]
         elif "error" in event:
@@ -228,6 +233,8 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def parity(result: dict[str, Any]) -> str:
+    if "unchecked" in result:
+        return "not checked"
     if "parity" not in result:
         return "–"
     return f"ok, {result['sites']}" if result["parity"] else "FAILED"

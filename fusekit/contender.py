@@ -1,7 +1,8 @@
 """One run of a comparison, in its own process so that its peak memory is its own: python -m fusekit.contender
 
 Reads a specification as JSON from its standard input and writes one JSON event per line to standard output:
-{"phase": text} while it prepares, the trainer's records, and {"summary": ...} as the last.
+{"phase": text} while it prepares, the trainer's records, {"trained": ...} before a check that may take longer
+than there is time, and {"summary": ...} as the last.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     trainer.fit()
     summary = _summary(trainer) | {"memory_before_bytes": before}
     if config.provider == "fusekit":
+        tell({"trained": summary})
         tell({"phase": "verifying every fused site against float64"})
         summary |= certify(trainer)
     return summary

@@ -67,6 +67,19 @@ def test_a_contender_past_its_time_is_stopped(comparison, monkeypatch):
     assert "the time is over" in report["runs"][0]["error"] and "--minutes" in output
 
 
+def test_a_check_past_the_time_leaves_what_was_measured(comparison, monkeypatch):
+    """The child trains, starts to verify, and hangs there."""
+    trained = {"step_seconds": 0.5, "step_cpu_seconds": 0.9, "peak_bytes": 5e8, "train_loss": 6.5, "steps": 3}
+    trained |= {"validation_loss": 6.6, "first_step_seconds": 4.0, "threads": 1, "parameters": 17e6}
+    script = f"import time; print('{json.dumps({'trained': trained})}', flush=True); time.sleep(60)"
+    monkeypatch.setattr(module, "CONTENDERS", (("fusekit bf16", "fusekit", "bf16"),))
+    monkeypatch.setattr(module, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(module, "COMMAND", ("-c", script))
+    code, output, report = run(Comparison(**vars(comparison) | {"minutes": 0.03}))
+    assert code == 1 and report["runs"][0]["step_seconds"] == 0.5
+    assert "not checked" in output and "--minutes gives more" in output
+
+
 def test_a_dead_contender_is_an_error_and_not_a_hang(comparison, monkeypatch):
     monkeypatch.setattr(module, "CONTENDERS", (("dead", "eager", "float32"),))
     monkeypatch.setattr(module, "COMMAND", ("-c", "import os; os.abort()"))
