@@ -35,7 +35,7 @@ from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul, sum_partials
 from fusekit.kernels.hidden_cpu import PACKED, parts, stores_hidden, z_scale
 from fusekit.kernels.launch import Plans, Repeated, kind_of, on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import define, is_last_backward, refuse_double_backward
 from fusekit.kernels.linear_act import _dact, _optional_rows, _rows, _shape, _use_tf32, share_rows
 from fusekit.kernels.linear_cpu import mixes
 from fusekit.kernels.op import not_runnable
@@ -308,6 +308,35 @@ def _backward(
     tf32: bool,
     needs: list[bool],
 ) -> list[Tensor]:
+    return _differentiate(grad_output, x, weights, w_out, saved, act, form, tf32, needs, False)
+
+
+def _backward_over_saved(
+    grad_output: Tensor,
+    x: Tensor | None,
+    weights: list[Tensor],
+    w_out: Tensor,
+    saved: list[Tensor],
+    act: str,
+    form: str,
+    tf32: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    return _differentiate(grad_output, x, weights, w_out, saved, act, form, tf32, needs, True)
+
+
+def _differentiate(
+    grad_output: Tensor,
+    x: Tensor | None,
+    weights: list[Tensor],
+    w_out: Tensor,
+    saved: list[Tensor],
+    act: str,
+    form: str,
+    tf32: bool,
+    needs: list[bool],
+    over_saved: bool,
+) -> list[Tensor]:
     grads = _empty_backward(grad_output, x, weights, w_out, saved, act, form, tf32, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     n = len(weights)
@@ -317,7 +346,7 @@ def _backward(
     if on_gpu(grad_output):
         _backward_triton(*arguments, tf32, *results)
     else:
-        feed_forward_cpu.backward(*arguments, *results)
+        feed_forward_cpu.backward(*arguments, *results, over_saved)
     return grads
 
 
@@ -331,6 +360,12 @@ backward_op = define(
     "feed_forward_backward(Tensor grad_output, Tensor? x, Tensor[] weights, Tensor w_out, Tensor[] saved,"
     " str act, str form, bool tf32, bool[] needs) -> Tensor[]",
     _backward,
+    _empty_backward,
+)
+backward_over_saved_op = define(
+    "feed_forward_backward_over_saved(Tensor grad_output, Tensor? x, Tensor[] weights, Tensor w_out,"
+    " Tensor(a!)[] saved, str act, str form, bool tf32, bool[] needs) -> Tensor[]",
+    _backward_over_saved,
     _empty_backward,
 )
 
@@ -367,7 +402,8 @@ class _FeedForward(torch.autograd.Function):
         weights, w_out, saved = rest[: ctx.weights - 1], rest[ctx.weights - 1], rest[ctx.weights :]
         grads: list[Tensor | None] = [None] * len(ctx.needs)
         if any(ctx.needs):
-            computed = backward_op(
+            last = not on_gpu(grad_output) and is_last_backward(grad_output)
+            computed = (backward_over_saved_op if last else backward_op)(
                 grad_output, x, weights, w_out, saved, ctx.act, ctx.form, ctx.tf32, ctx.needs
             )
             grads = [grad if need else None for grad, need in zip(computed, ctx.needs, strict=True)]

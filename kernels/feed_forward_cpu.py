@@ -73,6 +73,7 @@ def backward(
     grad_biases: list[Tensor | None],
     grad_w_out: Tensor | None,
     grad_b_out: Tensor | None,
+    over_saved: bool = False,
 ) -> None:
     """Write the gradients that are not None.
 
@@ -80,12 +81,13 @@ def backward(
         grad: (M, N), any strides.
         x: (M, K), needed for the first weights' gradients only.
         saved: what forward wrote; none where b_out alone needs a gradient.
+        over_saved: nobody reads `saved` afterwards, so that its memory may serve.
         grad_x: (M, K); the others have their parameter's shape, grad_weights and grad_w_out its strides.
     """
     if feed_forward_whole.takes(grad.dtype):
         feed_forward_whole.backward(
             grad, x, weights, w_out, saved, act, form,
-            grad_x, grad_weights, grad_biases, grad_w_out, grad_b_out,
+            grad_x, grad_weights, grad_biases, grad_w_out, grad_b_out, over_saved,
         )  # fmt: skip
         return
     w_out, weights = w_out.float(), [weight.float() for weight in weights]

@@ -1,9 +1,11 @@
-"""mlp and gated_mlp in a 16-bit dtype that the CPU multiplies: whole products, one pass over h in between.
+"""mlp and gated_mlp in a 16-bit dtype that the CPU multiplies: products of all rows, and passes over h.
 
-Whole, since oneDNN packs the weights in every call; blocks of rows would pay for that once each.
+All rows, since oneDNN packs the weights in every call; blocks of rows would pay for that once each.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,10 +17,16 @@ from fusekit.kernels.hidden_cpu import (
     compiled,
     derive,
     derive_whole,
+    parts,
     stores_hidden,
     z_scale,
 )
 from fusekit.kernels.linear_cpu import PASS_BYTES, _affine, _row_blocks, multiplies
+
+HIDDEN_BYTES = (
+    4 << 20
+)  # of h in a block of columns: 2048 x 4096, forward and backward, as fast as all at once
+LEAST_WIDTH = 512
 
 
 def takes(dtype: torch.dtype) -> bool:
@@ -80,14 +88,23 @@ def backward(
     grad_biases: list[Tensor | None],
     grad_w_out: Tensor | None,
     grad_b_out: Tensor | None,
+    over_saved: bool = False,
 ) -> None:
-    """As feed_forward_cpu.backward."""
+    """As feed_forward_cpu.backward. Of h and its gradient no more than a block of columns is in memory."""
     if grad_b_out is not None:
         grad_b_out.copy_(grad.sum(0, dtype=torch.float32))
-    h, dzs, sums = _hidden_gradients(grad, w_out, saved, act, form, (grad_x, *grad_weights, *grad_biases))
-    if grad_w_out is not None and h is not None:
-        torch.mm(grad.t(), h, out=grad_w_out)
-    del h
+    if not saved:  # b_out alone needs a gradient
+        return
+    inner = any(g is not None for g in (grad_x, *grad_weights, *grad_biases))
+    dzs = [t if over_saved else torch.empty_like(t) for t in saved] if inner else []
+    sums = [grad.new_zeros(dz.shape[1], dtype=torch.float32) for dz in dzs]
+    for columns in _column_blocks(*grad.shape[:1], w_out.shape[1]):
+        dh = grad @ w_out[:, columns] if inner else None
+        z, dz, total = ([t[..., columns] for t in _halves(each, form)] for each in (saved, dzs, sums))
+        h = _hidden_gradients(z, dh, act, form, dz, total)
+        if grad_w_out is not None:
+            torch.mm(grad.t(), h, out=grad_w_out[:, columns])
+        del dh, h
     for grad_bias, total in zip(grad_biases, sums, strict=False):
         if grad_bias is not None:
             grad_bias.copy_(total)
@@ -100,24 +117,32 @@ def backward(
             torch.mm(dz.t(), x, out=grad_weight)
 
 
+def _column_blocks(M: int, H: int) -> Iterator[slice]:
+    """Of equal width, a whole number of lanes, but for the last."""
+    blocks = max(1, -(-2 * M * H // HIDDEN_BYTES))
+    width = max(LEAST_WIDTH, -(-H // (64 * blocks)) * 64)
+    return (slice(start, min(start + width, H)) for start in range(0, H, width))
+
+
+def _halves(tensors: list[Tensor], form: str) -> list[Tensor]:
+    """Of each weight's features: gate, and up where there is one; none of none."""
+    return [t for t in parts(tensors, form) if t is not None] if tensors else []
+
+
 def _hidden_gradients(
-    grad: Tensor, w_out: Tensor, saved: list[Tensor], act: str, form: str, wanted: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """h, the dz of each weight, and their float32 column sums; the latter two empty if none is wanted."""
-    if not saved:  # b_out alone needs a gradient
-        return None, [], []
-    inner = any(g is not None for g in wanted)
-    dh = grad @ w_out if inner else None
-    dzs = [torch.empty_like(t) for t in saved] if inner else []
-    if dh is not None and compiled(act, grad.dtype):
-        return dh, dzs, derive_whole(saved, dh, act, form, dzs)
-    rescale = 1.0 if stores_hidden(act, form) else 1.0 / z_scale(grad.dtype, form)
-    h = grad.new_empty((len(grad), w_out.shape[1]))
-    sums = [grad.new_zeros(dz.shape[1], dtype=torch.float32) for dz in dzs]
-    for rows in _row_blocks(len(grad), sum(t.shape[1] for t in saved), PASS_BYTES):
-        narrow = [t[rows].float().mul_(rescale) for t in saved]
-        h[rows], block_dzs = derive(narrow, None if dh is None else dh[rows].float(), act, form)
+    z: list[Tensor], dh: Tensor | None, act: str, form: str, dzs: list[Tensor], sums: list[Tensor]
+) -> Tensor:
+    """h of gate, or gate and up, which may take dh's memory; with dh their gradients and column sums."""
+    rescale = 1.0 if stores_hidden(act, form) else 1.0 / z_scale(z[0].dtype, form)
+    if dh is not None and compiled(act, z[0].dtype):
+        derive_whole(z, dh, act, rescale, dzs, sums)
+        return dh
+    h = z[0].new_empty(z[0].shape)
+    form = "plain" if len(z) == 1 else "gated"
+    for rows in _row_blocks(len(h), len(z) * h.shape[1], PASS_BYTES):
+        wide = [t[rows].float().mul_(rescale) for t in z]
+        h[rows], block_dzs = derive(wide, None if dh is None else dh[rows].float(), act, form)
         for dz, block_dz, total in zip(dzs, block_dzs, sums, strict=False):
             dz[rows] = block_dz
             total += block_dz.sum(0)
-    return h, dzs, sums
+    return h

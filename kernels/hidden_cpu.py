@@ -89,16 +89,23 @@ def activate_whole(z: list[Tensor], act: str, form: str, h: Tensor) -> None:
     )
 
 
-def derive_whole(saved: list[Tensor], dh: Tensor, act: str, form: str, dzs: list[Tensor]) -> list[Tensor]:
-    """Write dzs, laid out as `saved`, and h over dh (M, H), contiguous; returns dzs' float32 column sums."""
-    (gate, up), (dgate, dup) = parts(saved, form), parts(dzs, form)
+def derive_whole(
+    z: list[Tensor], dh: Tensor, act: str, rescale: float, dzs: list[Tensor], sums: list[Tensor]
+) -> None:
+    """Write dzs of z, which is gate, or gate and up, their float32 column sums, and h over dh.
+
+    Args:
+        z, dzs: (M, H), all with the same distance between rows. A gate without up is rescale times z[0].
+        dh: (M, H), contiguous.
+        sums: (H,) float32 each.
+    """
+    gate, up = z if len(z) == 2 else (z[0], None)
+    dgate, dup = dzs if len(z) == 2 else (dzs[0], None)
     (M, H), count = dh.shape, max(1, min(SUMS, dh.shape[0]))
-    sums = dh.new_zeros((2, count, H), dtype=torch.float32)
+    partial = dh.new_zeros((len(z), count, H), dtype=torch.float32)
     cpu_library.call(
         "hidden_backward", cpu_library.ACTIVATIONS.index(act), dh, gate, up, dh, dgate, dup,
-        sums[0], None if up is None else sums[1], M, H, gate.stride(0), 1.0 / z_scale(dh.dtype, form), count,
+        partial[0], None if up is None else partial[1], M, H, gate.stride(0), rescale, count,
     )  # fmt: skip
-    of_gate, of_up = sums.sum(1)
-    if form in PACKED:
-        return [torch.cat((of_gate, of_up) if form == "gate_up" else (of_up, of_gate))]
-    return [of_gate, of_up][: len(dzs)]
+    for total, each in zip(sums, partial.sum(1), strict=True):
+        total.copy_(each)

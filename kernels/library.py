@@ -96,3 +96,13 @@ def refuse_double_backward(name: str) -> None:
             f"fusekit: {name} has no second derivative. Leave it unfused where you need one: "
             f"fusekit.optimize(model, fuse=[...]) without {name!r}, or FUSEKIT_DISABLE={name}"
         )
+
+
+def is_last_backward(grad: Tensor) -> bool:
+    """Whether what this Function saved is freed right after, so that its memory may be written to.
+
+    Not where the graph is kept for another backward pass, and not while somebody traces: a compiled backward
+    pass does not know how it will be called. PyTorch's own donated buffers ask the same question.
+    """
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and type(grad) is Tensor and not torch.compiler.is_compiling() and not keeps()

@@ -68,7 +68,9 @@ def test_hidden_features_and_their_gradients(act, form):
     assert rounded_once(hidden(act, z, form), differentiate()[0])
     truth, grads = differentiate(hidden_cpu.z_scale(BF16, form))
     h, dzs = dh.clone(), [torch.empty_like(t) for t in z]
-    sums = hidden_cpu.derive_whole(z, h, act, form, dzs)
+    sums = [torch.empty(t.shape[1]) for t in z]
+    each = [[t for t in hidden_cpu.parts(x, form) if t is not None] for x in (z, dzs, sums)]
+    hidden_cpu.derive_whole(each[0], h, act, 1.0 / hidden_cpu.z_scale(BF16, form), *each[1:])
     assert rounded_once(h, truth)
     for dz, total, exact in zip(dzs, sums, grads, strict=True):
         assert rounded_once(dz, exact)

@@ -235,3 +235,46 @@ def bias_of(grad, truth):
     """The mean error towards or from zero, relative to the mean magnitude."""
     mean = ((grad.double() - truth) * truth.sign()).mean()
     return (mean.abs() / truth.abs().mean()).item()
+
+
+def backward_ops(backward):
+    with torch.profiler.profile() as profile:
+        backward()
+    return {e.key for e in profile.key_averages() if e.key.startswith("fusekit::feed_forward_backward")}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_last_backward_pass_alone_writes_over_what_was_saved(packed, compiled, monkeypatch):
+    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(feed_forward_whole, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(feed_forward_whole, "HIDDEN_BYTES", 1)  # many blocks of columns
+    monkeypatch.setattr(feed_forward_whole, "LEAST_WIDTH", 16)
+    if not compiled:
+        monkeypatch.setattr(cpu_library, "available", lambda: False)
+        monkeypatch.setattr(cpu_library, "multiplies", lambda: False)
+    args = packed_arguments("silu", torch.bfloat16) if packed else mlp_arguments("gelu", torch.bfloat16)
+    inputs = [a for a in args if isinstance(a, torch.Tensor)]
+    y = (GATED if packed else MLP).fused(*args)
+    dy = torch.randn_like(y)
+    grads = []
+
+    def backward(keep):
+        grads.append(torch.autograd.grad(y, inputs, dy, retain_graph=keep))
+
+    kept = "fusekit::feed_forward_backward"
+    assert backward_ops(lambda: backward(True)) == {kept}
+    assert backward_ops(lambda: backward(True)) == {kept}
+    assert backward_ops(lambda: backward(False)) == {f"{kept}_over_saved"}
+    for first, second, last in zip(*grads, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, last)
+    truth = results_and_grads((GATED if packed else MLP).reference, widen(args))
+    fused = results_and_grads((GATED if packed else MLP).fused, args)
+    for name in truth:
+        assert (fused[name].double() - truth[name]).norm() < 0.02 * truth[name].norm(), name
+
+
+def test_a_compiled_backward_pass_keeps_what_was_saved():
+    args = mlp_arguments("gelu", torch.bfloat16)
+    compiled = torch.compile(lambda *a: MLP.fused(*a), backend="aot_eager")
+    assert backward_ops(lambda: compiled(*args).sum().backward()) <= {"fusekit::feed_forward_backward"}
