@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.cpu_figures import HEADINGS as cpu_figures_headings
+from benchmarks.cpu_figures import rows as cpu_figures_rows
 from benchmarks.kernels.run import grouped as cells_by_case
 from benchmarks.models.providers import REFERENCE
 from benchmarks.models.view import grouped, values
@@ -72,9 +74,9 @@ def _microseconds(cell: dict[str, Any]) -> str:
 
 
 def cpu_models() -> str:
-    if (RESULTS / "models_cpu.json").exists():
-        return _models(read_results(RESULTS / "models_cpu.json", "models"))
-    return _cpu_gpt_step()  # the figure that the model suite replaces, until it has been measured
+    if not (RESULTS / "models_cpu.json").exists():
+        return "Training steps have not been measured yet; `fusekit bench models` does.\n"
+    return _models(read_results(RESULTS / "models_cpu.json", "models"))
 
 
 def _models(found: dict[str, Any]) -> str:
@@ -99,29 +101,17 @@ def _models(found: dict[str, Any]) -> str:
     return title + _table(headings, rows) + left_out
 
 
-def _cpu_gpt_step() -> str:
-    found = _load("cpu_gpt_step.json")
+def cpu_figures() -> str:
+    found = _load("cpu_figures.json")
     if found is None:
-        return "The CPU training step has not been measured yet.\n"
-    shape, machine, results = found["shape"], found["environment"], found["results"]
-    base = next(iter(results.values()))["step_cpu_seconds"]
-    rows = [
-        (
-            name,
-            f"{1e3 * r['step_cpu_seconds']:.0f}",
-            f"{base / r['step_cpu_seconds']:.2f}×",
-            f"{r['peak_bytes'] / 2**20:.0f}",
-            f"{r['start_wall_seconds']:.0f}",
-            f"{r['last_loss']:.4f}",
-        )
-        for name, r in results.items()
-    ]
+        return "Layers have not been measured yet; `python -m benchmarks.cpu_figures` does.\n"
+    machine = found["environment"]
     title = (
-        f"GPT training step, {shape['parameters'] / 1e6:.1f} M parameters, batch {shape['batch']} × "
-        f"{shape['context']}, {machine.get('cpu', 'CPU')}, one thread, process time, medians of "
-        f"{found['rounds']} rounds in turn (torch {machine.get('torch')}):\n\n"
+        f"Forward and backward. {machine.get('cpu')} ({machine.get('cpu_capability')}), one thread, process "
+        f"time, medians of contenders in turn (torch {machine.get('torch')}, commit {machine.get('commit')}). "
+        "Time and memory are shares of the first contender's; asked: what the project set itself:\n\n"
     )
-    return title + _table(("", "ms/step", "speed", "peak MB", "start s", "last loss"), rows)
+    return title + _table(cpu_figures_headings, cpu_figures_rows(found))
 
 
 def static() -> str:
@@ -257,6 +247,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops": ops,
     "cpu_kernels": cpu_kernels,
     "cpu_models": cpu_models,
+    "cpu_figures": cpu_figures,
     "quality": quality,
     "static": static,
     "large_tiles": large_tiles,
