@@ -108,8 +108,8 @@ def cpu_figures() -> str:
     machine = found["environment"]
     title = (
         f"Forward and backward. {machine.get('cpu')} ({machine.get('cpu_capability')}), one thread, process "
-        f"time, medians of contenders in turn (torch {machine.get('torch')}, commit {machine.get('commit')}). "
-        "Time and memory are shares of the first contender's; asked: what the project set itself:\n\n"
+        f"time, medians of contenders in turn (torch {machine.get('torch')}, commit {machine.get('commit')})."
+        " Time and memory are shares of the first contender's; asked: what the project set itself:\n\n"
     )
     return title + _table(cpu_figures_headings, cpu_figures_rows(found))
 
