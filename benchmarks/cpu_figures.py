@@ -209,7 +209,7 @@ def _peak(figure: str, name: str) -> dict[str, int]:
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """(figure, contender, ms, time, asked, MB, memory, asked) of each cell, as text."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, cells in results["figures"].items():
         figure, base = FIGURES[name], next(iter(cells.values()))
         for place, (each, cell) in enumerate(cells.items()):

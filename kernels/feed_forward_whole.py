@@ -98,10 +98,10 @@ def backward(
     inner = any(g is not None for g in (grad_x, *grad_weights, *grad_biases))
     dzs = [t if over_saved else torch.empty_like(t) for t in saved] if inner else []
     sums = [grad.new_zeros(dz.shape[1], dtype=torch.float32) for dz in dzs]
-    for columns in _column_blocks(*grad.shape[:1], w_out.shape[1]):
+    for columns in _column_blocks(len(grad), w_out.shape[1]):
         dh = grad @ w_out[:, columns] if inner else None
-        z, dz, total = ([t[..., columns] for t in _halves(each, form)] for each in (saved, dzs, sums))
-        h = _hidden_gradients(z, dh, act, form, dz, total)
+        block = [[t[..., columns] for t in _halves(each, form)] for each in (saved, dzs, sums)]
+        h = _hidden_gradients(block[0], dh, act, form, *block[1:])
         if grad_w_out is not None:
             torch.mm(grad.t(), h, out=grad_w_out[:, columns])
         del dh, h
