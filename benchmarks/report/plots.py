@@ -92,10 +92,10 @@ def _bars(cells: list[dict[str, Any]], dtype: str, path: Path) -> Path:
                 speed = base / row[provider]["seconds"]
                 axes.barh(number + offset, min(speed, FASTEST), height=0.36, color=COLOUR[provider])
                 end = min(max(speed, 1.0), FASTEST)  # the line at 1 runs through no number
-                text = f" {speed:.2f}× · {_time(row[provider]['seconds'])}"
+                text = f" {speed:.2f}× · {style.seconds(row[provider]['seconds'])}"
                 axes.text(end, number + offset, text, va="center", color=INK, fontsize=7.5)
     axes.axvline(1.0, color=COLOUR["eager"], linewidth=1.5)
-    labels = [f"{op} {direction}\n{sample} · eager {_time(row['eager']['seconds'])}"
+    labels = [f"{op} {direction}\n{sample} · eager {style.seconds(row['eager']['seconds'])}"
               for (op, sample, _, direction), row in rows.items()]  # fmt: skip
     axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -115,10 +115,6 @@ def _bars(cells: list[dict[str, Any]], dtype: str, path: Path) -> Path:
     )
     figure.tight_layout()
     return style.save(figure, path.parent, path.stem)
-
-
-def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
 def _bandwidth(cells: list[dict[str, Any]], ceilings: dict[str, Any], path: Path) -> Path:
