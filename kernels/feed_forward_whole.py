@@ -92,7 +92,7 @@ def backward(
 ) -> None:
     """As feed_forward_cpu.backward. Of h and its gradient no more than a block of columns is in memory."""
     if grad_b_out is not None:
-        grad_b_out.copy_(grad.sum(0, dtype=torch.float32))
+        torch.sum(grad, 0, out=grad_b_out)  # in float32, rounded once; dtype=float32 would copy all of it
     if not saved:  # b_out alone needs a gradient
         return
     inner = any(g is not None for g in (grad_x, *grad_weights, *grad_biases))

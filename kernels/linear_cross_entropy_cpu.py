@@ -95,7 +95,7 @@ def _forward_compiled(
             _product(dz.t(), h, grad_weight, first=start == 0)
             grad_weight.index_add_(0, hit, h.float() * off[:, None])
         if grad_bias is not None:
-            total = dz.sum(0, dtype=torch.float32).index_add_(0, hit, off)
+            total = linear_cpu.column_sums(dz).index_add_(0, hit, off)
             grad_bias.add_(total) if start else grad_bias.copy_(total)
 
 

@@ -100,6 +100,19 @@ def test_a_product_is_rounded_once(M, K, N, act):
     assert rounded_once(y, ACTIVATIONS[act].reference(exact) + residual.double())
 
 
+@needs_compiler
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (70, 300), (33, 1000)])
+def test_column_sums(shape):
+    torch.manual_seed(0)
+    wide = torch.randn(shape[0], 2 * shape[1]).to(BF16)
+    for x in (wide[:, : shape[1]], wide[:, ::2]):  # rows with a distance; columns too
+        exact = x.double().sum(0)
+        assert error(linear_cpu.column_sums(x), exact) < 1e-6 if shape[0] else not exact.any()
+    poisoned = torch.full((4, 20), torch.inf, dtype=BF16)
+    poisoned[2, 3] = -torch.inf
+    assert torch.equal(linear_cpu.column_sums(poisoned).isnan().nonzero()[:, 0], torch.tensor([3]))
+
+
 @needs_products
 @settings(max_examples=25, deadline=None)
 @given(
