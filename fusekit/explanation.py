@@ -27,6 +27,7 @@ def explain(model: nn.Module) -> Report:
         bytes_covered=_mean([bytes_ for _, bytes_ in shares]),
         graphs=len(regions),
         graph_breaks=tuple(opened.graph_breaks),
+        precision=tuple(opened.precision.plan.rows()) if opened.precision else (),
         notes=tuple(dict.fromkeys(notes)),
     )
 

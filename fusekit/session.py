@@ -14,6 +14,7 @@ from fusekit.passes import _compat
 from fusekit.passes.capture import Capture, CapturedRegion, Failure
 from fusekit.passes.config import Config
 from fusekit.passes.region import Settings
+from fusekit.precision_controller import PrecisionController
 
 Hook = Callable[["Session", tuple[Any, ...], dict[str, Any]], None]
 
@@ -25,6 +26,7 @@ class Session:
     failures: frames that run eagerly, with the user's line and the reason.
     graph_breaks: what split the model into several graphs, as sentences with the user's line.
     after_call: hook(session, args, kwargs) for each, after every call of the model.
+    precision: of precision="auto"; None for every other.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, config: Config) -> None:
@@ -34,6 +36,8 @@ class Session:
         self.capture = Capture(settings=settings, config=config)
         self.graph_breaks: list[str] = []
         self.after_call: list[Hook] = []
+        self.precision: PrecisionController | None = None
+        self.disturbed = False  # a certificate is calling the model: its calls are no training
         self.unsettled = True  # a call that compiled, or the first one, has not been looked at yet
         self._listening = False
         self.replaced_call: Callable[..., Any] | None = None  # what `restore` puts back
@@ -123,6 +127,21 @@ def session(model: nn.Module) -> Session:
     return found
 
 
+def auto_precision(model: nn.Module) -> PrecisionController:
+    """The controller of a model that `optimize` gave precision="auto" or a plan.
+
+    Raises:
+        ValueError: the model is not optimised, or has one precision for all.
+    """
+    opened = session(model)
+    if opened.precision is None:
+        raise ValueError(
+            f"this model was optimised with precision={opened.settings.precision!r}, which decides nothing: "
+            'use precision="auto", an AutoPrecision or a PrecisionPlan'
+        )
+    return opened.precision
+
+
 class OptimisedCall:
     """Stands in a module's compiled-call slot: runs Dynamo's callable with this session current."""
 
@@ -130,6 +149,9 @@ class OptimisedCall:
         self._session, self._compiled = session, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        precision = None if self._session.disturbed else self._session.precision
+        if precision is not None:
+            precision.before_call()
         current = _current.sessions
         current.append(self._session)
         _compat.ensure_callbacks(_on_compile_start, _on_compile_end)
@@ -145,6 +167,8 @@ class OptimisedCall:
             current.pop()
         if self._session.unsettled or self._session.may_be_worn_out():
             self._session.settle()
+        if precision is not None:
+            precision.after_call()
         for hook in self._session.after_call:
             hook(self._session, args, kwargs)
         return output

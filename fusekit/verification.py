@@ -95,11 +95,12 @@ def _undisturbed(opened: Session) -> Iterator[None]:
     """Random state and buffers as before, and no hook of the session fires."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in opened.model.buffers()]
     hooks, opened.after_call = opened.after_call, []
+    before_disturbed, opened.disturbed = opened.disturbed, True
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        opened.after_call = hooks
+        opened.after_call, opened.disturbed = hooks, before_disturbed
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
