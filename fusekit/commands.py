@@ -108,12 +108,17 @@ def bisect(options: argparse.Namespace) -> int:
 
 
 def precision(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from fusekit.plots import plot_precision
     from fusekit.precision_plan import PLAN_FILE, PrecisionPlan
+    from fusekit.precision_report import summary, table
 
     plan = PrecisionPlan.load(options.plan / PLAN_FILE if options.plan.is_dir() else options.plan)
     if options.json:
         print(json.dumps(plan.rows(), indent=1))
+    elif sys.stdout.isatty():  # its width and its colours
+        Console().print(summary(plan.rows()), table(plan.rows()), sep="\n")
     else:
         print(plan)
     if options.plot is not None and not plot_precision(plan.rows(), options.plot):

@@ -127,7 +127,7 @@ def plot_precision(rows: Sequence[dict[str, Any]], path: Path) -> bool:
     products = list(dict.fromkeys(row["product"] for row in rows))
     height = max(3.2, 1.5 + 0.24 * len(layers))
     figure, (grid, margins) = pyplot.subplots(
-        1, 2, figsize=(12, height), dpi=120, sharey=True, gridspec_kw={"width_ratios": (1, 1.25)}
+        1, 2, figsize=(13, height), dpi=120, sharey=True, gridspec_kw={"width_ratios": (1, 1.25)}
     )
     _level_grid(grid, rows, layers, products)
     _error_margins(margins, rows, layers, products)
@@ -154,7 +154,7 @@ def _error_margins(axes: Any, rows: Sequence[dict[str, Any]], layers: list[str],
     shown: set[str] = set()
     for row in rows:
         y = layers.index(row["layer"]) + 0.26 * (products.index(row["product"]) - (len(products) - 1) / 2)
-        for level, share in error_shares(row).items():
+        for level, share in sorted(error_shares(row).items(), key=lambda item: item[0] == row["runs"]):
             style = {"color": LEVEL_COLOURS[level], "marker": "os^"[products.index(row["product"]) % 3]}
             filled = {"markerfacecolor": style["color"] if level == row["runs"] else "white"}
             axes.plot(max(share, 0.1), y, linestyle="", markersize=5, **style, **filled)
@@ -165,12 +165,12 @@ def _error_margins(axes: Any, rows: Sequence[dict[str, Any]], layers: list[str],
     axes.set_xlim(0.5, max(8.0, *axes.get_xlim()))
     axes.set_xticks((0.5, 1, 2, 4, 8), ("0.5×", "1×", "2×", "4×", "8×"))
     axes.minorticks_off()
-    title = "Error over FP8's own (dashed: leaves its level, solid: to bf16 at once)"
-    _finish(axes, xlabel="", ylabel="", title=title)
+    limits = "dashed: leaves its level; solid: goes to bf16 at once"
+    _finish(axes, xlabel=limits, ylabel="", title="Error, in multiples of FP8's own of Gaussian values")
     axes.grid(axis="x", color=GRID, linewidth=0.7)
     marks = [("", "os^"[i % 3], product) for i, product in enumerate(products)]
     marks += [(level, "o", LEVEL_NAMES[level]) for level in LEVEL_NAMES if level in shown]
     for level, marker, label in marks:
         axes.plot([], [], linestyle="", marker=marker, color=LEVEL_COLOURS.get(level, INK), label=label)
     axes.plot([], [], linestyle="", marker="o", color=INK, markerfacecolor="white", label="would be, not run")
-    axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -76,19 +76,19 @@ def judge(statistics: Statistics, product: str, recipe: Recipe) -> Verdict:
     lost, snr, saturated = (statistics[name] for name in ("cosine_loss", "snr_loss", "saturation"))
     ideal, error = ideal_error(product, recipe), deciding_error(statistics, product)
     by_cosine = product == "grad_weight"
-    what = "error by the cosine" if by_cosine else "95th percentile of row errors"
+    what = "error by the cosine" if by_cosine else "row errors (95th percentile)"
     if statistics["nonfinite"]:
         return Verdict("nonfinite", "a NaN or an infinity in an operand")
     if saturated > SATURATION:
         return Verdict("urgent", f"{saturated:.2%} of the values beyond the scale")
     if error > URGENT_ERROR * ideal:
-        return Verdict("urgent", f"{what} {error:.2g}, over {URGENT_ERROR:g} times FP8's {ideal:g}")
+        return Verdict("urgent", f"{what} {error:.2g}, over {URGENT_ERROR:g} × FP8's {ideal:g}")
     if snr > SNR_MARGIN:
-        return Verdict("bad", f"rows lose {snr:.1f} dB against FP8's own ratio, over {SNR_MARGIN:g}")
+        return Verdict("bad", f"rows lose {snr:.1f} dB of FP8's own ratio, over {SNR_MARGIN:g}")
     if by_cosine and lost > COSINE_LOSS:
         return Verdict("bad", f"cosine of the gradient {1 - lost:.4f}, below {1 - COSINE_LOSS:g}")
     if not by_cosine and error > ERROR_MARGIN * ideal:
-        return Verdict("bad", f"{what} {error:.2g}, over {ERROR_MARGIN:g} times FP8's {ideal:g}")
+        return Verdict("bad", f"{what} {error:.2g}, over {ERROR_MARGIN:g} × FP8's {ideal:g}")
     half = lost <= COSINE_LOSS / 2 if by_cosine else error <= (1 + ERROR_MARGIN) / 2 * ideal
     clean = half and snr <= SNR_MARGIN / 2 and saturated <= SATURATION / 2
     return Verdict("clean" if clean else "good")

@@ -49,7 +49,7 @@ class PrecisionPlan:
                 "product": product,
                 "level": level_name(unit.level, self.fine),
                 "runs": level_name(self._runs(layer, product), self.fine),
-                "reason": unit.reason,
+                "reason": self._reason(layer, product),
                 "statistics": unit.last,
                 "samples": unit.samples,
                 "flips": unit.flips,
@@ -62,6 +62,15 @@ class PrecisionPlan:
 
     def _runs(self, layer: Layer, product: str) -> int:
         return BF16 if self.guarded and product == "grad_weight" else layer.runs(product)
+
+    def _reason(self, layer: Layer, product: str) -> str:
+        unit, runs = layer.units[product], self._runs(layer, product)
+        if runs == BF16 and unit.level < BF16:
+            return "weight gradients are in bf16 after an alarm of the guard"
+        if runs != unit.level:
+            others = [name for name, other in layer.units.items() if other.level == runs]
+            return f"shares the scales that {' and '.join(others)} needs"
+        return unit.reason
 
     def to_dict(self) -> dict[str, Any]:
         layers = {

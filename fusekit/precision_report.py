@@ -25,14 +25,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Level, reason and the latest statistics of every product, at the level it runs at or would run at."""
+    """Level, reason and latest statistics of every product; of one in bf16 those at the finer FP8 level.
+
+    step: when the level last changed.
+    """
     found = Table(title="Precision", title_justify="left")
-    found.add_column("layer", overflow="fold")
+    found.add_column("layer", overflow="fold", min_width=24)
     found.add_column("product", no_wrap=True)
-    found.add_column("level", no_wrap=True)
-    for header in ("row error", "SNR lost", "underflow", "flips"):
+    found.add_column("runs in", no_wrap=True)
+    for header in ("error", "SNR lost", "underflow", "step"):
         found.add_column(header, justify="right", no_wrap=True)
-    found.add_column("since", justify="right", no_wrap=True)
     found.add_column("reason", overflow="fold")
     previous = ""
     for row in rows:
@@ -41,7 +43,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             found.add_section()
         previous = row["layer"]
         found.add_row(
-            name, row["product"], _level(row), *_figures(row), _flips(row), str(row["step"]), row["reason"]
+            name, row["product"], _level(row), *_figures(row), str(row["step"]), row["reason"] + _flips(row)
         )
     return found
 
@@ -77,10 +79,10 @@ def _figures(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _level(row: dict[str, Any]) -> str:
-    colour = COLOURS[row["runs"]]
-    own = "" if row["runs"] == row["level"] else f" (own: {row['level']})"
-    return f"[{colour}]{row['runs']}[/]{own}"
+    return f"[{COLOURS[row['runs']]}]{row['runs']}[/]"
 
 
 def _flips(row: dict[str, Any]) -> str:
-    return f"{row['flips']} pinned" if row["pinned"] else str(row["flips"])
+    if not row["flips"]:
+        return ""
+    return f"; {row['flips']} promotion{'s' * (row['flips'] > 1)}{', pinned' * row['pinned']}"

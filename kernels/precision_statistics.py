@@ -39,7 +39,7 @@ from fusekit.kernels.recipe import LARGEST, Recipe
 STATISTICS = ("snr_loss", "underflow", "saturation", "error", "cosine_loss", "nonfinite", "amax")
 PRODUCTS = ("output", "grad_input", "grad_weight")
 IDEAL_SNR = {torch.float8_e4m3fn: 31.5, torch.float8_e5m2: 25.5}  # dB, Gaussian values
-ROWS, FEATURES = 128, 512  # of a product that are computed
+ROWS, FEATURES = 128, 128  # of a product that are computed
 BLOCK = 128  # rows of a weight that are taken together, so that its 128 x 128 groups are whole
 WORST = 1e9  # stands for what is no number
 _E4M3 = torch.float8_e4m3fn
@@ -194,16 +194,15 @@ def _statistics(a: _Operand, b: _Operand, sampled: Sample, other: Sample) -> Ten
 def _row_snr(of: _Operand) -> Tensor:
     """dB, 5th percentile over rows; rows of zeros, and rows that lose nothing, count as 200."""
     values = of.values.float()
-    signal, noise = values.square().sum(1), (of.rounded.float() - values).square().sum(1)
-    ratio = 10 * torch.log10(signal / noise)
+    signal, noise = (torch.linalg.vector_norm(t, dim=1) for t in (values, values - of.rounded))
+    ratio = 20 * torch.log10(signal / noise)
     ratio = torch.where((signal == 0) | (noise == 0), torch.full_like(ratio, 200.0), ratio)
     return _percentile(ratio, 0.05, 200.0)
 
 
 def _underflow(of: _Operand) -> Tensor:
-    nonzero = of.values != 0
-    lost = (of.rounded == 0) & nonzero
-    return lost.sum() / nonzero.sum().clamp(min=1)
+    nonzero, left = torch.count_nonzero(of.values), torch.count_nonzero(of.rounded)  # what is 0 stays 0
+    return (nonzero - left) / nonzero.clamp(min=1)
 
 
 def _percentile(rows: Tensor, share: float, empty: float) -> Tensor:
@@ -217,11 +216,10 @@ def _product_loss(a: _Operand, b: _Operand) -> tuple[Tensor, Tensor]:
     left, q_left = (chosen(t, ROWS).to(dtype) for t in (a.values, a.rounded))
     right, q_right = (chosen(t, FEATURES).to(dtype) for t in (b.values, b.rounded))
     exact, rounded = (left @ right.t()).float(), (q_left @ q_right.t()).float()
-    length, q_length = exact.square().sum(1), rounded.square().sum(1)
-    errors = ((rounded - exact).square().sum(1) / length).sqrt()
+    length, q_length = (torch.linalg.vector_norm(t, dim=1) for t in (exact, rounded))
+    errors = torch.linalg.vector_norm(rounded - exact, dim=1) / length
     errors = torch.where((length == 0) & (q_length == 0), torch.zeros_like(errors), errors)
-    norms = (length.sum() * q_length.sum()).sqrt()
-    cosine = (exact * rounded).sum() / norms
-    lost = torch.where((length.sum() == 0) & (q_length.sum() == 0), torch.zeros_like(cosine), 1 - cosine)
-    lost = torch.where((norms == 0) & (length.sum() != q_length.sum()), torch.ones_like(lost), lost)
+    norm, q_norm = (torch.linalg.vector_norm(t) for t in (length, q_length))
+    lost = 1 - torch.dot(exact.flatten(), rounded.flatten()) / (norm * q_norm)
+    lost = torch.where(norm * q_norm == 0, (norm != q_norm).float(), lost)  # all of it gone, or nothing there
     return _percentile(errors, 0.95, 0.0), lost

@@ -118,7 +118,7 @@ def _rows(x: Tensor) -> Tensor:
 def _watch(samples: Samples, name: str, layer: _Layer, result: Tensor) -> None:
     """Statistics of the output now, those of the gradients when they come."""
     x = statistics.sample(layer.x, samples.rows, samples.offset)
-    features = statistics.sample(layer.weight, FEATURES, block=BLOCK)
+    features = statistics.sample(layer.weight, FEATURES, samples.offset, BLOCK)
     samples.add(
         name, "output", [statistics.output_statistics(x, features, recipe) for recipe in samples.recipes]
     )
@@ -139,7 +139,7 @@ def _on_gradient(
         g = statistics.sample(_rows(grad), samples.rows, samples.offset)
         if z is not None:
             g = _through_activation(g, act, z)
-        columns = statistics.sample(weight.t(), FEATURES, block=BLOCK)
+        columns = statistics.sample(weight.t(), FEATURES, samples.offset, BLOCK)
         recipes = samples.recipes
         samples.add(name, "grad_input", [statistics.grad_input_statistics(g, columns, r) for r in recipes])
         samples.add(name, "grad_weight", [statistics.grad_weight_statistics(g, x, r) for r in recipes])
