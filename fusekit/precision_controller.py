@@ -6,7 +6,7 @@
     controller.step(loss, gradient_norm)       # optional: feeds the guard
     controller.plan.save("plan.json")
 
-A step ends with the first call of the model after an optimizer has stepped, or with `step`. The first call
+A step ends when an optimizer of one of the model's parameters has stepped, or with `step`. The first call
 with gradients of every `every`-th step is sampled; when the step has ended its statistics are read, the one
 moment at which the host waits, and levels change. A change builds the affected graphs again from their
 captured form; Dynamo is not asked. Decisions depend on the samples alone, so a run that is resumed from
@@ -18,17 +18,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fusekit.auto_precision import AutoPrecision
 from fusekit.kernels.precision_statistics import PRODUCTS
 from fusekit.passes.region import Levels
 from fusekit.passes.sampling import Key, Samples
-from fusekit.passes.weights import optimizer_steps
 from fusekit.precision_guard import Guard
 from fusekit.precision_levels import BF16, FINER, TENSOR, Layer, judge, level_name, named, recipe_of
 from fusekit.precision_plan import PrecisionPlan, Shapes, fingerprint
@@ -66,12 +66,14 @@ class PrecisionController:
         self._calibrating = plan is None and config.mode != "observe"
         self._guard, self._alarms, self._guarded_until = Guard(), 0, 0
         self._step, self._sampled_at = 0, -max(config.every, config.calibration)
-        self._ended, self._seen_updates = False, optimizer_steps()
+        self._ended = False
         self._samples: Samples | None = None
+        self._parameters: set[int] = set()
 
     def attach(self, session: Session) -> None:
         """`optimize` says whose precision it is; the session owns the controller."""
         self._owner = ref(session)
+        _controllers.add(self)
 
     @property
     def _session(self) -> Session:
@@ -83,7 +85,7 @@ class PrecisionController:
     @property
     def steps(self) -> int:
         """Optimizer steps so far."""
-        return self._step + self._has_ended()
+        return self._step + self._ended
 
     @property
     def live(self) -> bool:
@@ -128,7 +130,7 @@ class PrecisionController:
         session = self._session
         if not torch.is_grad_enabled():
             return
-        if self._has_ended():
+        if self._ended:
             self._next_step()
         if self._is_due() and self._samples is None:
             self._samples = self._new_samples()
@@ -155,7 +157,7 @@ class PrecisionController:
         self._conclude()
         return {
             "plan": self.plan.to_dict(), "step": self._step, "sampled_at": self._sampled_at,
-            "ended": self._has_ended(), "calibrating": self._calibrating, "planned": self._planned,
+            "ended": self._ended, "calibrating": self._calibrating, "planned": self._planned,
             "guard": self._guard.state.tolist(), "alarms": self._alarms,
             "guarded_until": self._guarded_until, "changes": [dict(change) for change in self.changes],
         }  # fmt: skip
@@ -176,7 +178,7 @@ class PrecisionController:
         self._guard.state = torch.tensor(state["guard"], dtype=torch.float64)
         self._alarms, self._guarded_until = state["alarms"], state["guarded_until"]
         self.changes = [dict(change) for change in state["changes"]]
-        self._seen_updates, self._samples = optimizer_steps(), None
+        self._samples = None
         self._apply()
 
     def _apply(self) -> None:
@@ -190,8 +192,13 @@ class PrecisionController:
     def _guarded(self) -> bool:
         return self._step < self._guarded_until
 
-    def _has_ended(self) -> bool:
-        return self._ended or self._seen_updates != optimizer_steps()
+    def _is_updated_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has a parameter of the model. Its parameters are listed anew where none is."""
+        updated = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if not any(map(self._parameters.__contains__, updated)):
+            owner = self._owner()
+            self._parameters = set() if owner is None else owner.parameter_ids()
+        return any(map(self._parameters.__contains__, updated))
 
     def _is_due(self) -> bool:
         interval = self.config.interval if self._calibrating else self.config.every
@@ -221,7 +228,7 @@ class PrecisionController:
 
     def _next_step(self) -> None:
         self._conclude()
-        self._ended, self._seen_updates = False, optimizer_steps()
+        self._ended = False
         self._step += 1
         if self._calibrating and self._step >= self.config.calibration:
             self._calibrating = False
@@ -241,7 +248,7 @@ class PrecisionController:
 
     def _conclude(self) -> None:
         """Read the samples of the step that has ended, if there are any, and move levels."""
-        if self._samples is None or self._samples.open or not self._has_ended():
+        if self._samples is None or self._samples.open or not self._ended:
             return
         found, self._samples = self._samples.found, None
         keys = sorted(found)
@@ -272,6 +279,18 @@ class PrecisionController:
             "step": self._step, "layer": layer, "product": product, "from": before, "to": after,
             "reason": reason,
         })  # fmt: skip
+
+
+_controllers: WeakSet[PrecisionController] = WeakSet()
+
+
+def _note_step(optimizer: Optimizer, *_: Any) -> None:
+    for controller in _controllers:
+        if not controller._ended and controller._is_updated_by(optimizer):
+            controller._ended = True
+
+
+register_optimizer_step_post_hook(_note_step)
 
 
 def _places(session: Session) -> list[Capture | CapturedRegion]:

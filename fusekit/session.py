@@ -49,6 +49,11 @@ class Session:
             raise RuntimeError("the optimised model of this session no longer exists")
         return model
 
+    def parameter_ids(self) -> set[int]:
+        """Of the model's parameters as they are now; none once the model is gone."""
+        model = self._model()
+        return set() if model is None else {id(parameter) for parameter in model.parameters()}
+
     @property
     def regions(self) -> list[CapturedRegion]:
         return self.capture.regions

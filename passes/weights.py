@@ -44,11 +44,6 @@ def _count_step(*_: Any) -> None:
     _optimizer_steps += 1
 
 
-def optimizer_steps() -> int:
-    """A number that differs after any torch.optim optimizer has stepped."""
-    return _optimizer_steps
-
-
 register_optimizer_step_pre_hook(_count_step)  # a step that raises half way has written as well
 register_optimizer_step_post_hook(_count_step)
 

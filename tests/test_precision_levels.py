@@ -1,4 +1,4 @@
-"""The levels of precision="auto": the limits to the letter, and that no sequence of samples makes them swing."""
+"""The levels of precision="auto": the limits to the letter, and no sequence of samples makes them swing."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -191,9 +192,9 @@ def test_sampled_rows_are_distinct_in_range_and_in_whole_blocks(
     count: int, limit: int, offset: int, block: int
 ) -> None:
     found = chosen(torch.arange(count), limit, offset, block).tolist()
-    assert sorted(set(found)) == found and 0 <= found[0] and found[-1] < count
+    assert sorted(set(found)) == found and found[0] >= 0 and found[-1] < count
     assert len(found) <= max(limit, block)
-    assert all(b % block == 0 or b == a + 1 for a, b in zip(found, found[1:], strict=False))
+    assert all(b % block == 0 or b == a + 1 for a, b in itertools.pairwise(found))
     taken, blocks, moved = positions(count, limit, offset, block)
     assert found == list(range(count)) if taken == blocks else moved < blocks // taken
 
