@@ -29,6 +29,8 @@ class AutoPrecision:
     plan: a PrecisionPlan, or the path of one.
     guard: for 200 steps after a burst of the loss or of the gradient's norm weight gradients run in bf16;
         needs `step(loss, gradient_norm)` after every optimizer step.
+    emulate: run FP8 levels also on a device without FP8 products, where they cost time; otherwise the plan is
+        made there and the model stays in bf16.
     across_ranks: decide on the worst statistics of all ranks of torch.distributed's default group.
     edge_blocks, keep: as of Recipe: what stays in bf16 whatever the statistics say.
 
@@ -42,6 +44,7 @@ class AutoPrecision:
     fine: str = "row"
     plan: PrecisionPlan | str | os.PathLike[str] | None = None
     guard: bool = True
+    emulate: bool = False
     across_ranks: bool = True
     edge_blocks: int = 0
     keep: tuple[str, ...] = ()

@@ -94,6 +94,9 @@ def optimize(
     restore(model)
     session = Session(model, settings, Config.from_environment())
     session.after_call += hooks
+    if controller is not None:
+        session.precision = controller
+        controller.attach(session)
     session.replaced_call = model._compiled_call_impl
     SESSIONS[model] = session
     problem = _compat.self_test()
@@ -104,10 +107,9 @@ def optimize(
     compiled = _compat.compile_call(model, session.capture.backend, dynamic)
     model._compiled_call_impl = OptimisedCall(session, compiled)
     if inputs is not None:
+        session.disturbed = True  # no training
         _capture_now(model, *inputs)
-    if controller is not None:  # not before: example inputs are no training
-        session.precision = controller
-        controller.attach(session)
+        session.disturbed = False
     return model
 
 

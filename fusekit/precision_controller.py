@@ -15,7 +15,7 @@ captured form; Dynamo is not asked. Decisions depend on the samples alone, so a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, ref
@@ -27,6 +27,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fusekit.auto_precision import AutoPrecision
 from fusekit.kernels.precision_statistics import PRODUCTS
+from fusekit.passes.cost import emulates_fp8
 from fusekit.passes.region import Levels
 from fusekit.passes.sampling import Key, Samples
 from fusekit.precision_guard import Guard
@@ -69,6 +70,8 @@ class PrecisionController:
         self._ended = False
         self._samples: Samples | None = None
         self._parameters: set[int] = set()
+        self._owner: Callable[[], Session | None] = lambda: None
+        self._starts_emulated = _lacks_fp8(model)
 
     def attach(self, session: Session) -> None:
         """`optimize` says whose precision it is; the session owns the controller."""
@@ -89,8 +92,21 @@ class PrecisionController:
 
     @property
     def live(self) -> bool:
-        """Whether products run in FP8 by the plan, and not in bf16 while it is made."""
-        return not self._calibrating and self.config.mode in ("frozen", "adaptive")
+        """Whether products run in FP8 by the plan, and not in bf16."""
+        return not self.why_not_live
+
+    @property
+    def why_not_live(self) -> str:
+        """Why all runs in bf16 whatever the levels say; "" where they hold."""
+        if self.config.mode == "observe":
+            return "only observed: the model runs in bf16"
+        if self._calibrating:
+            return f"in bf16 until the plan is made, after {self.config.calibration} steps"
+        if self.config.mode == "calibrate":
+            return "the plan is made, and the model stays in bf16 (mode calibrate)"
+        if not self.config.emulate and self._emulated():
+            return "in bf16: this device has no FP8 products, and AutoPrecision(emulate=True) emulates them"
+        return ""
 
     @property
     def plan(self) -> PrecisionPlan:
@@ -108,9 +124,8 @@ class PrecisionController:
 
     def levels(self) -> Levels:
         """What the pipeline is told."""
-        watched = not (self.config.mode == "frozen" and self.ready)
-        if not self.live:
-            why = "in bf16 until the plan is made" if self._calibrating else "observed in bf16"
+        watched = not (self.config.mode == "frozen" and self.live)
+        if why := self.why_not_live:
             return Levels(why=f"precision auto: {why}", watched=watched)
         tokens, reasons = {}, {}
         rows = PrecisionPlan(model={}, layers=self._layers, fine=self.fine, guarded=self._guarded).rows()
@@ -200,6 +215,10 @@ class PrecisionController:
             self._parameters = set() if owner is None else owner.parameter_ids()
         return any(map(self._parameters.__contains__, updated))
 
+    def _emulated(self) -> bool:
+        owner = self._owner()
+        return self._starts_emulated if owner is None else _lacks_fp8(owner.model)
+
     def _is_due(self) -> bool:
         interval = self.config.interval if self._calibrating else self.config.every
         return self._step - self._sampled_at >= interval
@@ -210,7 +229,7 @@ class PrecisionController:
 
     def _is_sampled(self, layer: str) -> bool:
         """A frozen plan need not look at what is in bf16: it stays."""
-        if self.config.mode != "frozen" or not self.ready:
+        if self.config.mode != "frozen" or not self.live:
             return True
         return layer in self._layers and self._layers[layer].token(self.fine) is not None
 
@@ -291,6 +310,11 @@ def _note_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_note_step)
+
+
+def _lacks_fp8(model: nn.Module) -> bool:
+    parameter = next(model.parameters(), None)
+    return parameter is None or emulates_fp8(parameter)
 
 
 def _places(session: Session) -> list[Capture | CapturedRegion]:

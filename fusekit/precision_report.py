@@ -32,7 +32,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     found = Table(title="Precision", title_justify="left")
     found.add_column("layer", overflow="fold", min_width=24)
     found.add_column("product", no_wrap=True)
-    found.add_column("runs in", no_wrap=True)
+    found.add_column("level", no_wrap=True)
     for header in ("error", "SNR lost", "underflow", "step"):
         found.add_column(header, justify="right", no_wrap=True)
     found.add_column("reason", overflow="fold")

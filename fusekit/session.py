@@ -37,7 +37,7 @@ class Session:
         self.graph_breaks: list[str] = []
         self.after_call: list[Hook] = []
         self.precision: PrecisionController | None = None
-        self.disturbed = False  # a certificate is calling the model: its calls are no training
+        self.disturbed = False  # fusekit itself is calling the model: no training
         self.unsettled = True  # a call that compiled, or the first one, has not been looked at yet
         self._listening = False
         self.replaced_call: Callable[..., Any] | None = None  # what `restore` puts back

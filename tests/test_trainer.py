@@ -104,8 +104,9 @@ def test_resuming_under_fusekit_gives_the_same_bits(tmp_path, precision):
 
 
 @pytest.mark.parametrize("stops", [(3,), (5, 6), (11,)])
-def test_resuming_with_automatic_precision_replays_every_decision(tmp_path, stops):
+def test_resuming_with_automatic_precision_replays_every_decision(tmp_path, monkeypatch, stops):
     """Stopped in the calibration, at its end, and between two samples."""
+    monkeypatch.setattr("fusekit.precision_controller.emulates_fp8", lambda value: False)  # as on a GPU
     options = {"provider": "fusekit", "precision": "auto", "precision_every": 5, "steps": 14, "accumulate": 2}
     straight = make_trainer(tmp_path / "straight", **options)
     straight.fit()
@@ -119,6 +120,7 @@ def test_resuming_with_automatic_precision_replays_every_decision(tmp_path, stop
     assert straight.precision.state_dict() == part.precision.state_dict()
     plans = [PrecisionPlan.load(tmp_path / name / "precision.json") for name in ("straight", "broken")]
     assert plans[0] == plans[1] == straight.precision.plan and plans[0].steps == 14
+    assert straight.precision.live
     assert {row["samples"] for row in plans[0].rows()} == {6}  # of steps 0 to 4, and 9
 
 
