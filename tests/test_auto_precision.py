@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -564,3 +568,76 @@ def test_an_optimizer_of_another_model_ends_no_step() -> None:
     model(tokens(), tokens())[1].backward()
     torch.optim.SGD([model.head.weight], lr=0.1).step()
     assert fusekit.auto_precision(model).steps == 2
+
+
+def test_a_cpu_without_16_bit_products_is_sampled_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There linears become linear_act after fusing, and others are widened."""
+    for place in ("kernels.linear_cpu", "passes.lowering", "kernels.precision_statistics", "passes.cost"):
+        monkeypatch.setattr(f"fusekit.{place}.multiplies", lambda dtype: dtype == torch.float32)
+    model = planted()
+    fusekit.optimize(model, precision=AutoPrecision(every=1, calibration=2))
+    train(model, 3)
+    found = levels(model)
+    assert found.pop(PLANTED)[0] == FINER and set(found.values()) == {(TENSOR,) * 3} and len(found) == 7
+
+
+def test_samples_cost_less_than_a_hundredth_of_training() -> None:
+    """A sample every 50 steps: 1 % is half a step. The bound is twice what is asked, for a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = gpt(layers=1, width=256, context=256, vocab=512)
+        fusekit.optimize(model, precision=AutoPrecision(every=2, calibration=1, mode="adaptive"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        x = torch.randint(512, (8, 256))
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        controller = fusekit.auto_precision(model)
+        for step in range(20):
+            started = time.process_time()
+            model(x, x)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            controller.step()
+            sampled = controller.state_dict()["sampled_at"] == step
+            if step >= 4:
+                seconds[sampled].append(time.process_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+    sampled, plain = (statistics.median(seconds[kind]) for kind in (True, False))
+    assert len(seconds[True]) == 8 and (sampled - plain) / (50 * plain) < 0.02
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[3])
+import fusekit
+from fusekit.passes import cost
+from test_auto_precision import AutoPrecision, levels, planted, tokens
+cost.EAGER_OVERHEAD = cost.FUSED_OVERHEAD = {"cpu": 0.0, "cuda": 0.0}
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+model = planted()
+if rank == 0:  # the other rank alone sees outliers
+    model.blocks[1].expand.factor.fill_(1.0)
+fusekit.optimize(model, precision=AutoPrecision(every=1, calibration=2))
+for step in range(3):
+    model(tokens(step), tokens(step))[1].backward()
+    fusekit.auto_precision(model).step()
+print(levels(model))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_decide_together_on_the_worst_of_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RANK]
+    store = str(tmp_path / "store")
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), store, str(Path(__file__).parent)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), outputs
+    assert outputs[0][0] == outputs[1][0] and f"'{PLANTED}': (1, " in outputs[0][0]
