@@ -25,7 +25,8 @@ class AutoPrecision:
     every: steps between samples.
     calibration: steps in bf16 before a plan is made, where none is given.
     rows: tokens of a sample, of one batch.
-    fine: "row" or "block": the scales of the level between one scale a tensor and bf16.
+    fine: "row" or "block": the scales of the level between one scale a tensor and bf16. A given plan has its
+        own.
     plan: a PrecisionPlan, or the path of one.
     guard: for 200 steps after a burst of the loss or of the gradient's norm weight gradients run in bf16;
         needs `step(loss, gradient_norm)` after every optimizer step.

@@ -107,9 +107,8 @@ def optimize(
     compiled = _compat.compile_call(model, session.capture.backend, dynamic)
     model._compiled_call_impl = OptimisedCall(session, compiled)
     if inputs is not None:
-        session.disturbed = True  # no training
-        _capture_now(model, *inputs)
-        session.disturbed = False
+        with session.own_calls():
+            _capture_now(model, *inputs)
     return model
 
 

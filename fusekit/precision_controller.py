@@ -250,12 +250,19 @@ class PrecisionController:
         self._ended = False
         self._step += 1
         if self._calibrating and self._step >= self.config.calibration:
-            self._calibrating = False
-            self._planned = True
+            self._end_calibration()
         if self.config.guard and self._step % GUARD_READ == 0:
             self._read_guard()
         if self._session.settings.levels != self.levels():
             self._apply()
+
+    def _end_calibration(self) -> None:
+        """The plan is made; what no sample has seen is not trusted to FP8."""
+        self._calibrating, self._planned = False, True
+        for layer in self._layers.values():
+            for unit in layer.units.values():
+                if not unit.samples:
+                    unit.level, unit.reason = BF16, "not sampled in the calibration"
 
     def _read_guard(self) -> None:
         alarms = self._guard.alarms()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -37,7 +37,7 @@ class Session:
         self.graph_breaks: list[str] = []
         self.after_call: list[Hook] = []
         self.precision: PrecisionController | None = None
-        self.disturbed = False  # fusekit itself is calling the model: no training
+        self._own_calls = False
         self.unsettled = True  # a call that compiled, or the first one, has not been looked at yet
         self._listening = False
         self.replaced_call: Callable[..., Any] | None = None  # what `restore` puts back
@@ -61,6 +61,19 @@ class Session:
     @property
     def failures(self) -> list[Failure]:
         return self.capture.failures
+
+    @contextlib.contextmanager
+    def own_calls(self) -> Iterator[None]:
+        """The model is called by fusekit itself: that is no training, and nothing is sampled or decided."""
+        before, self._own_calls = self._own_calls, True
+        try:
+            yield
+        finally:
+            self._own_calls = before
+
+    @property
+    def training_precision(self) -> PrecisionController | None:
+        return None if self._own_calls else self.precision
 
     def listen(self) -> None:
         """Before a compilation of ours: what Dynamo noted until now belongs to others."""
@@ -154,7 +167,7 @@ class OptimisedCall:
         self._session, self._compiled = session, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        precision = None if self._session.disturbed else self._session.precision
+        precision = self._session.training_precision
         if precision is not None:
             precision.before_call()
         current = _current.sessions

@@ -95,12 +95,11 @@ def _undisturbed(opened: Session) -> Iterator[None]:
     """Random state and buffers as before, and no hook of the session fires."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in opened.model.buffers()]
     hooks, opened.after_call = opened.after_call, []
-    before_disturbed, opened.disturbed = opened.disturbed, True
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), opened.own_calls():
             yield
     finally:
-        opened.after_call, opened.disturbed = hooks, before_disturbed
+        opened.after_call = hooks
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

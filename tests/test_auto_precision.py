@@ -516,6 +516,32 @@ def test_verify_certifies_the_sites_of_a_plan_and_is_no_step() -> None:
     certificate = fusekit.verify(model, tokens(), tokens())
     assert certificate.ok and sum(site.op == "linear_fp8" for site in certificate.sites) == 8
     assert controller.state_dict() == before
+    from fusekit.bisect import bisect_model
+
+    again = planted()
+    fusekit.optimize(
+        again, precision=AutoPrecision(every=1, calibration=1), example_inputs=((tokens(), tokens()), {})
+    )
+    assert fusekit.auto_precision(again).plan.layers == {}
+    train(again, 1)  # the plan is to be made at the next call, which is no step
+    assert not bisect_model(again, tokens(), tokens()).guilty and recipes(again) == {}
+    assert not fusekit.auto_precision(again).ready
+
+
+def test_a_frozen_weight_and_an_input_without_gradient_stay_out_of_fp8() -> None:
+    """What no sample has seen is not trusted; a product that nobody asks for is never computed."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16))
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    fusekit.optimize(model, precision=AutoPrecision(every=1, calibration=2))
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    for _ in range(4):
+        model(torch.randn(40, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert levels(model) == {"0": (TENSOR, BF16, BF16), "2": (TENSOR, BF16, BF16)}
+    rows = fusekit.auto_precision(model).plan.rows()
+    assert {r["reason"] for r in rows if r["product"] != "output"} == {"not sampled in the calibration"}
 
 
 @pytest.mark.parametrize("remainder", ["eager", "inductor"])
