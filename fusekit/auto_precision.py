@@ -32,7 +32,8 @@ class AutoPrecision:
         needs `step(loss, gradient_norm)` after every optimizer step.
     emulate: run FP8 levels also on a device without FP8 products, where they cost time; otherwise the plan is
         made there and the model stays in bf16.
-    across_ranks: decide on the worst statistics of all ranks of torch.distributed's default group.
+    across_ranks: decide on the worst statistics of all ranks of torch.distributed's default group; False
+        where ranks hold different layers.
     edge_blocks, keep: as of Recipe: what stays in bf16 whatever the statistics say.
 
     A step is one optimizer step, however many micro-batches it has; the first of them is sampled.

@@ -18,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, ref
+from weakref import ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fusekit.auto_precision import AutoPrecision
 from fusekit.kernels.precision_statistics import PRODUCTS
@@ -34,6 +33,7 @@ from fusekit.precision_guard import Guard
 from fusekit.precision_levels import BF16, FINER, TENSOR, Layer, judge, level_name, named, recipe_of
 from fusekit.precision_plan import PrecisionPlan, Shapes, fingerprint
 from fusekit.precision_report import reason_of
+from fusekit.update_watch import UpdateWatch
 
 if TYPE_CHECKING:
     from fusekit.passes.capture import Capture, CapturedRegion
@@ -67,16 +67,16 @@ class PrecisionController:
         self._calibrating = plan is None and config.mode != "observe"
         self._guard, self._alarms, self._guarded_until = Guard(), 0, 0
         self._step, self._sampled_at = 0, -max(config.every, config.calibration)
-        self._ended = False
+        self._watch = UpdateWatch(set)
         self._samples: Samples | None = None
-        self._parameters: set[int] = set()
         self._owner: Callable[[], Session | None] = lambda: None
         self._starts_emulated = _lacks_fp8(model)
+        self._told: tuple[Any, ...] = ()
 
     def attach(self, session: Session) -> None:
         """`optimize` says whose precision it is; the session owns the controller."""
         self._owner = ref(session)
-        _controllers.add(self)
+        self._watch = UpdateWatch(session.parameter_ids)
 
     @property
     def _session(self) -> Session:
@@ -88,7 +88,7 @@ class PrecisionController:
     @property
     def steps(self) -> int:
         """Optimizer steps so far."""
-        return self._step + self._ended
+        return self._step + self._watch.updated
 
     @property
     def live(self) -> bool:
@@ -124,7 +124,7 @@ class PrecisionController:
 
     def levels(self) -> Levels:
         """What the pipeline is told."""
-        watched = not (self.config.mode == "frozen" and self.live)
+        watched = not (self._idle or (self.config.mode == "frozen" and self.ready))
         if why := self.why_not_live:
             return Levels(why=f"precision auto: {why}", watched=watched)
         tokens, reasons = {}, {}
@@ -138,14 +138,14 @@ class PrecisionController:
         """End an optimizer step; its loss and gradient norm, not waited for, feed the guard."""
         if self.config.guard and not (loss is None and gradient_norm is None):
             self._guard.add((loss, gradient_norm))
-        self._ended = True
+        self._watch.updated = True
         self._conclude()
 
     def before_call(self) -> None:
         session = self._session
         if not torch.is_grad_enabled():
             return
-        if self._ended:
+        if self._watch.updated:
             self._next_step()
         if self._is_due() and self._samples is None:
             self._samples = self._new_samples()
@@ -172,8 +172,9 @@ class PrecisionController:
         self._conclude()
         return {
             "plan": self.plan.to_dict(), "step": self._step, "sampled_at": self._sampled_at,
-            "ended": self._ended, "calibrating": self._calibrating, "planned": self._planned,
-            "guard": self._guard.state.tolist(), "alarms": self._alarms,
+            "ended": self._watch.updated, "calibrating": self._calibrating, "planned": self._planned,
+            "guard": self._guard.state.tolist(), "guard_fed": self._guard.fed,
+            "alarms": self._alarms,
             "guarded_until": self._guarded_until, "changes": [dict(change) for change in self.changes],
         }  # fmt: skip
 
@@ -188,9 +189,11 @@ class PrecisionController:
         plan = PrecisionPlan.from_dict(dict(state["plan"]), source="the checkpoint's precision state")
         plan.check(self._session.model)
         self._layers, self.fine = dict(plan.layers), plan.fine
-        self._step, self._sampled_at, self._ended = state["step"], state["sampled_at"], state["ended"]
+        self._step, self._sampled_at = state["step"], state["sampled_at"]
+        self._watch.updated = state["ended"]
         self._calibrating, self._planned = state["calibrating"], state["planned"]
         self._guard.state = torch.tensor(state["guard"], dtype=torch.float64)
+        self._guard.fed = state["guard_fed"]
         self._alarms, self._guarded_until = state["alarms"], state["guarded_until"]
         self.changes = [dict(change) for change in state["changes"]]
         self._samples = None
@@ -198,28 +201,36 @@ class PrecisionController:
 
     def _apply(self) -> None:
         """Tell the model's graphs the levels, and build those again whose layers changed."""
-        session, levels = self._session, self.levels()
+        session, levels, self._told = self._session, self.levels(), self._tellable
         session.settings = session.capture.settings = replace(session.settings, levels=levels)
         for captured in session.regions:
             captured.replan(session.settings)
 
     @property
+    def _tellable(self) -> tuple[Any, ...]:
+        """Changes where `levels` does, and is quick to compare every step."""
+        return len(self.changes), len(self._layers), self._guarded, self._calibrating, self.live
+
+    @property
     def _guarded(self) -> bool:
         return self._step < self._guarded_until
-
-    def _is_updated_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer has a parameter of the model. Its parameters are listed anew where none is."""
-        updated = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        if not any(map(self._parameters.__contains__, updated)):
-            owner = self._owner()
-            self._parameters = set() if owner is None else owner.parameter_ids()
-        return any(map(self._parameters.__contains__, updated))
 
     def _emulated(self) -> bool:
         owner = self._owner()
         return self._starts_emulated if owner is None else _lacks_fp8(owner.model)
 
+    @property
+    def _joins_ranks(self) -> bool:
+        return self.config.across_ranks and dist.is_available() and dist.is_initialized()
+
+    @property
+    def _idle(self) -> bool:
+        """The plan is made and nothing runs by it: there is nothing left to decide."""
+        return self.ready and not self.live and self.config.mode != "observe"
+
     def _is_due(self) -> bool:
+        if self._idle:
+            return False
         interval = self.config.interval if self._calibrating else self.config.every
         return self._step - self._sampled_at >= interval
 
@@ -229,7 +240,7 @@ class PrecisionController:
 
     def _is_sampled(self, layer: str) -> bool:
         """A frozen plan need not look at what is in bf16: it stays."""
-        if self.config.mode != "frozen" or not self.live:
+        if self.config.mode != "frozen" or not self.ready:
             return True
         return layer in self._layers and self._layers[layer].token(self.fine) is not None
 
@@ -247,13 +258,13 @@ class PrecisionController:
 
     def _next_step(self) -> None:
         self._conclude()
-        self._ended = False
+        self._watch.updated = False
         self._step += 1
         if self._calibrating and self._step >= self.config.calibration:
             self._end_calibration()
         if self.config.guard and self._step % GUARD_READ == 0:
             self._read_guard()
-        if self._session.settings.levels != self.levels():
+        if self._told != self._tellable:
             self._apply()
 
     def _end_calibration(self) -> None:
@@ -265,7 +276,7 @@ class PrecisionController:
                     unit.level, unit.reason = BF16, "not sampled in the calibration"
 
     def _read_guard(self) -> None:
-        alarms = self._guard.alarms()
+        alarms = self._guard.alarms(across_ranks=self._joins_ranks)
         if alarms > self._alarms and self.live:
             self._guarded_until = self._step + GUARDED_STEPS
             self._note("", "", "", "bf16", "a burst of the loss or the gradient's norm: weight gradients "
@@ -274,12 +285,12 @@ class PrecisionController:
 
     def _conclude(self) -> None:
         """Read the samples of the step that has ended, if there are any, and move levels."""
-        if self._samples is None or self._samples.open or not self._ended:
+        if self._samples is None or self._samples.open or not self._watch.updated:
             return
         found, self._samples = self._samples.found, None
         keys = sorted(found)
         stacked = torch.stack([found[key] for key in keys])
-        if self.config.across_ranks and dist.is_available() and dist.is_initialized():
+        if self._joins_ranks:
             dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
         runs = {(name, p): layer.runs(p) for name, layer in self._layers.items() for p in PRODUCTS}
         for key, vectors in zip(keys, stacked.tolist(), strict=True):
@@ -305,18 +316,6 @@ class PrecisionController:
             "step": self._step, "layer": layer, "product": product, "from": before, "to": after,
             "reason": reason,
         })  # fmt: skip
-
-
-_controllers: WeakSet[PrecisionController] = WeakSet()
-
-
-def _note_step(optimizer: Optimizer, *_: Any) -> None:
-    for controller in _controllers:
-        if not controller._ended and controller._is_updated_by(optimizer):
-            controller._ended = True
-
-
-register_optimizer_step_post_hook(_note_step)
 
 
 def _lacks_fp8(model: nn.Module) -> bool:

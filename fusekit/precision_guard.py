@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 SCORE, STREAK = 6.0, 3
@@ -25,9 +26,11 @@ class Guard:
 
     def __init__(self) -> None:
         self.state = torch.zeros(2, 5, dtype=torch.float64)
+        self.fed = False
 
     def add(self, values: Sequence[Tensor | float | None]) -> None:
         """The loss and the gradient norm of a step; None where one is not known."""
+        self.fed = True
         given = [v for v in values if isinstance(v, Tensor)]
         if given and self.state.device != given[0].device:
             self.state = self.state.to(given[0].device)
@@ -35,9 +38,14 @@ class Guard:
             if value is not None:
                 _add(row, torch.as_tensor(value, dtype=torch.float64, device=row.device).detach().reshape(()))
 
-    def alarms(self) -> int:
-        """So far. Waits for the device."""
-        return int(self.state[:, _ALARMS].sum().item())
+    def alarms(self, across_ranks: bool = False) -> int:
+        """So far, of all ranks. Waits for the device, where there is something to wait for."""
+        if not self.fed:
+            return 0
+        found = self.state[:, _ALARMS].sum()
+        if across_ranks:  # their losses differ, and their precision must not
+            dist.all_reduce(found)
+        return int(found.item())
 
 
 def _add(row: Tensor, value: Tensor) -> None:

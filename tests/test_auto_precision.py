@@ -499,8 +499,10 @@ def test_what_verify_reverted_stays_reverted_when_levels_change() -> None:
     assert "blocks.0.contract" not in recipes(model)
     before = recipes(model)
     controller = fusekit.auto_precision(model)
-    for unit in controller._layers["blocks.0.expand"].units.values():
-        unit.level = BF16
+    state = controller.state_dict()
+    for unit in state["plan"]["layers"]["blocks.0.expand"]["products"].values():
+        unit["level"] = BF16
+    controller.load_state_dict(state)
     train(model, 2, start=3)
     after = recipes(model)
     assert "blocks.0.expand" not in after and "blocks.0.contract" not in after
