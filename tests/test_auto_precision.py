@@ -333,6 +333,9 @@ def test_a_device_without_fp8_products_makes_the_plan_and_stays_in_bf16() -> Non
     assert controller.ready and not controller.live and recipes(model) == {}
     assert levels(model)[PLANTED][0] == FINER
     assert "this device has no FP8 products" in str(fusekit.explain(model))
+    # Nothing is left to decide: no more samples, and the MLPs are fused as in bf16.
+    assert {row["samples"] for row in controller.plan.rows()} == {2}
+    assert "mlp" in {f.op for f in fusekit.explain(model).fused}
 
 
 def test_a_plan_makes_the_round_trip_and_is_followed_from_the_first_step(
@@ -640,6 +643,7 @@ import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[3])
 import fusekit
 from fusekit.passes import cost
+from fusekit.precision_guard import Guard
 from test_auto_precision import AutoPrecision, levels, planted, tokens
 cost.EAGER_OVERHEAD = cost.FUSED_OVERHEAD = {"cpu": 0.0, "cuda": 0.0}
 rank = int(sys.argv[1])
@@ -651,7 +655,10 @@ fusekit.optimize(model, precision=AutoPrecision(every=1, calibration=2))
 for step in range(3):
     model(tokens(step), tokens(step))[1].backward()
     fusekit.auto_precision(model).step()
-print(levels(model))
+guard = Guard()
+for value in [1.0] * 30 + [9.0 if rank else 1.0] * 3:
+    guard.add((value, None))
+print(levels(model), guard.alarms(across_ranks=True))
 dist.destroy_process_group()
 """
 
@@ -669,3 +676,4 @@ def test_ranks_decide_together_on_the_worst_of_them(tmp_path: Path) -> None:
     outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), outputs
     assert outputs[0][0] == outputs[1][0] and f"'{PLANTED}': (1, " in outputs[0][0]
+    assert outputs[0][0].strip().endswith("} 1")  # an alarm of one is one of all
