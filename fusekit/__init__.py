@@ -7,13 +7,19 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("fusekit is not installed; from its folder run: pip install -e .") from error
 
+from fusekit.auto_precision import AutoPrecision
 from fusekit.certificate import Certificate
 from fusekit.explanation import explain
 from fusekit.kernels.recipe import Recipe
 from fusekit.loss_scaler import LossScaler
 from fusekit.optimize import optimize, restore
+from fusekit.precision_plan import PrecisionPlan
 from fusekit.report import Report
+from fusekit.session import auto_precision
 from fusekit.verification import verify
 
-__all__ = ["Certificate", "LossScaler", "Recipe", "Report", "explain", "optimize", "restore", "verify"]
+__all__ = [
+    "AutoPrecision", "Certificate", "LossScaler", "PrecisionPlan", "Recipe", "Report", "auto_precision",
+    "explain", "optimize", "restore", "verify",
+]  # fmt: skip
 __version__ = "0.1.0"

@@ -27,6 +27,7 @@ TRAIN_OPTIONS = {
     "validate_every": "steps between validations; 0: only at the end",
     "validation_batches": "batches per validation",
     "checkpoint_every": "steps between checkpoints; 0: only at the end",
+    "precision_every": "with --precision auto: steps of its calibration, and between samples afterwards",
     "log_every": "steps between log lines; 0: 1 on a CPU, 10 on a GPU",
 }
 MODEL_OPTIONS = {
@@ -103,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for name in ("train", "explain", "verify", "bisect"):
         _add_model(commands.choices[name])
+
+    precision = command("precision", "the levels that precision auto chose in a run, as a table and a plot")
+    precision.add_argument("plan", type=Path, help="a plan file, or the folder of a run of `fusekit train`")
+    precision.add_argument("--plot", type=Path, metavar="PNG", help="also draw it there")
+    precision.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     # Its options, --help included, are the benchmark's own: no prefix makes any of them an option here.
     bench = commands.add_parser(

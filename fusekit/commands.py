@@ -107,6 +107,28 @@ def bisect(options: argparse.Namespace) -> int:
     return 0 if not result.guilty else 1
 
 
+def precision(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fusekit.plots import plot_precision
+    from fusekit.precision_plan import PLAN_FILE, PrecisionPlan
+    from fusekit.precision_report import summary, table
+
+    plan = PrecisionPlan.load(options.plan / PLAN_FILE if options.plan.is_dir() else options.plan)
+    if options.json:
+        print(json.dumps(plan.rows(), indent=1))
+    elif sys.stdout.isatty():  # its width and its colours
+        Console().print(summary(plan.rows()), table(plan.rows()), sep="\n")
+    else:
+        print(plan)
+    if options.plot is not None and not plot_precision(plan.rows(), options.plot):
+        raise ValueError(
+            f"{options.plot} was not drawn: matplotlib is missing, the folder cannot be written, or the plan "
+            "has no layers"
+        )
+    return 0
+
+
 def bench(options: argparse.Namespace) -> int:
     """The kernel suite, or another benchmark of the checkout by name, with its own options."""
     checkout = Path(__file__).resolve().parent.parent

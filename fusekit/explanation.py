@@ -20,6 +20,8 @@ def explain(model: nn.Module) -> Report:
     shares = [coverage(region) for region in regions]
     notes = [note for region in regions for note in region.notes]
     notes += [f"{f.location or 'a part of the model'} runs eagerly: {f.reason}" for f in opened.failures]
+    if opened.precision and opened.precision.why_not_live:
+        notes.append(f"precision auto: {opened.precision.why_not_live}")
     return Report(
         fused=tuple(fusion for region in regions for fusion in region.fusions),
         refused=tuple(r for c in opened.regions for r in (*c.region.refusals, *c.reverted.values())),
@@ -27,6 +29,7 @@ def explain(model: nn.Module) -> Report:
         bytes_covered=_mean([bytes_ for _, bytes_ in shares]),
         graphs=len(regions),
         graph_breaks=tuple(opened.graph_breaks),
+        precision=tuple(opened.precision.plan.rows()) if opened.precision else (),
         notes=tuple(dict.fromkeys(notes)),
     )
 

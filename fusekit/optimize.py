@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusekit.auto_precision import AutoPrecision
 from fusekit.kernels import OPS
 from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.passes import _compat
 from fusekit.passes.capture import Failure
 from fusekit.passes.config import Config
 from fusekit.passes.region import Settings
+from fusekit.precision_controller import PrecisionController
+from fusekit.precision_plan import PrecisionPlan
 from fusekit.recipe_modules import kept_modules
 from fusekit.session import SESSIONS, Hook, OptimisedCall, Session
 
-PRECISIONS = ("keep", "tf32", "fp16", "bf16", "fp8")
+PRECISIONS = ("keep", "tf32", "fp16", "bf16", "fp8", "auto")
 REMAINDERS = ("auto", "eager", "inductor")
 _SYNONYMS = {
     "bfloat16": "bf16",
@@ -34,7 +38,7 @@ _SYNONYMS = {
 def optimize(
     model: nn.Module,
     *,
-    precision: str | Recipe = "keep",
+    precision: str | os.PathLike[str] | Recipe | AutoPrecision | PrecisionPlan = "keep",
     fuse: str | Iterable[str] = "all",
     remainder: str = "auto",
     verify: str | int | None = None,
@@ -52,7 +56,9 @@ def optimize(
         model: any module. What cannot be captured runs as it was written, and one warning names the line.
         precision: "keep" changes no dtype; "tf32", "fp16" and "bf16" keep float32 Parameters as master
             weights and place casts in the graph. "fp8" does as "bf16" and casts the operands of linear
-            layers to FP8, as a Recipe, or the name of one from PRESETS, says in detail.
+            layers to FP8, as a Recipe, or the name of one from PRESETS, says in detail. "auto" decides for
+            each product of each layer from samples of the run, as AutoPrecision says in detail; a
+            PrecisionPlan, or the path of one (*.json), is followed from the first step.
         fuse: "all", "none", or names of ops from fusekit.kernels.OPS.
         remainder: what runs the nodes that no rule took; "auto" is Inductor on CUDA and eager elsewhere.
         verify: "first", or every N calls with gradients: check all sites against float64 on the caller's own
@@ -67,10 +73,13 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(_not_a_module(model))
-    chosen, recipe = _precision(precision)
+    auto = _auto(precision)
+    chosen, recipe = ("fp8", auto.recipe()) if auto else _precision(precision)
+    controller = PrecisionController(auto, model) if auto else None
     settings = Settings(
         precision=chosen,
         recipe=recipe,
+        levels=controller.levels() if controller else None,
         keep=kept_modules(model, recipe) if recipe else (),
         modules={str(id(module)): name for name, module in model.named_modules()},
         fuse=_ops(fuse),
@@ -85,6 +94,9 @@ def optimize(
     restore(model)
     session = Session(model, settings, Config.from_environment())
     session.after_call += hooks
+    if controller is not None:
+        session.precision = controller
+        controller.attach(session)
     session.replaced_call = model._compiled_call_impl
     SESSIONS[model] = session
     problem = _compat.self_test()
@@ -95,7 +107,8 @@ def optimize(
     compiled = _compat.compile_call(model, session.capture.backend, dynamic)
     model._compiled_call_impl = OptimisedCall(session, compiled)
     if inputs is not None:
-        _capture_now(model, *inputs)
+        with session.own_calls():
+            _capture_now(model, *inputs)
     return model
 
 
@@ -107,6 +120,18 @@ def restore(model: nn.Module) -> nn.Module:
     if session is not None:
         model._compiled_call_impl = session.replaced_call
     return model
+
+
+def _auto(precision: Any) -> AutoPrecision | None:
+    """What was asked of "auto", in any of its spellings."""
+    if isinstance(precision, AutoPrecision):
+        return precision
+    if isinstance(precision, str) and precision == "auto":
+        return AutoPrecision()
+    is_path = isinstance(precision, os.PathLike) or (
+        isinstance(precision, str) and precision.endswith(".json")
+    )
+    return AutoPrecision(plan=precision) if is_path or isinstance(precision, PrecisionPlan) else None
 
 
 def _precision(precision: Any) -> tuple[str, Recipe | None]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusekit.precision_report import error_shares
+
 INK, GRID = "#33383f", "#d9dde3"
 # Grey, blue, orange, green: told apart by the colour-blind too.
 COLOURS = ("#8a929c", "#2f6fb5", "#d9822b", "#1f9d6b")
@@ -105,3 +107,70 @@ def _bars(
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
+
+
+LEVEL_COLOURS = {"tensor": COLOURS[3], "row": COLOURS[1], "block": COLOURS[1], "bf16": COLOURS[2]}
+LEVEL_NAMES = {
+    "tensor": "FP8, a scale a tensor",
+    "row": "FP8, a scale a row",
+    "block": "FP8, a scale a block",
+    "bf16": "bf16",
+}
+
+
+def plot_precision(rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """The levels of `PrecisionPlan.rows()`, a cell a product, and how far FP8 is from its margins, as PNG."""
+    pyplot = _pyplot()
+    if pyplot is None or not rows:
+        return False
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    products = list(dict.fromkeys(row["product"] for row in rows))
+    height = max(3.2, 1.5 + 0.24 * len(layers))
+    figure, (grid, margins) = pyplot.subplots(
+        1, 2, figsize=(13, height), dpi=120, sharey=True, gridspec_kw={"width_ratios": (1, 1.25)}
+    )
+    _level_grid(grid, rows, layers, products)
+    _error_margins(margins, rows, layers, products)
+    grid.set_yticks(range(len(layers)), layers, fontsize=8)
+    grid.set_ylim(len(layers) - 0.5, -0.5)
+    return _write(figure, path)
+
+
+def _level_grid(axes: Any, rows: Sequence[dict[str, Any]], layers: list[str], products: list[str]) -> None:
+    for row in rows:
+        x, y = products.index(row["product"]), layers.index(row["layer"])
+        axes.barh(y, 0.94, left=x - 0.47, height=0.86, color=LEVEL_COLOURS[row["runs"]])
+        flips = f" · {row['flips']} flips" if row["flips"] else ""
+        axes.text(x, y, row["runs"] + flips, ha="center", va="center", color="white", fontsize=8)
+    _finish(axes, xlabel="", ylabel="", title="What runs")
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(products)), products)
+    axes.set_xlim(-0.5, len(products) - 0.5)
+    axes.tick_params(length=0)
+
+
+def _error_margins(axes: Any, rows: Sequence[dict[str, Any]], layers: list[str], products: list[str]) -> None:
+    """Errors in multiples of what FP8 loses of Gaussian values, the latest sample of each FP8 level."""
+    shown: set[str] = set()
+    for row in rows:
+        y = layers.index(row["layer"]) + 0.26 * (products.index(row["product"]) - (len(products) - 1) / 2)
+        for level, share in sorted(error_shares(row).items(), key=lambda item: item[0] == row["runs"]):
+            style = {"color": LEVEL_COLOURS[level], "marker": "os^"[products.index(row["product"]) % 3]}
+            filled = {"markerfacecolor": style["color"] if level == row["runs"] else "white"}
+            axes.plot(max(share, 0.1), y, linestyle="", markersize=5, **style, **filled)
+            shown.add(level)
+    for limit, line in ((2, "--"), (4, "-")):
+        axes.axvline(limit, color=INK, linewidth=0.9, linestyle=line)
+    axes.set_xscale("log")
+    axes.set_xlim(0.5, max(8.0, *axes.get_xlim()))
+    axes.set_xticks((0.5, 1, 2, 4, 8), ("0.5×", "1×", "2×", "4×", "8×"))
+    axes.minorticks_off()
+    limits = "dashed: leaves its level; solid: goes to bf16 at once"
+    _finish(axes, xlabel=limits, ylabel="", title="Error, in multiples of FP8's own of Gaussian values")
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    marks = [("", "os^"[i % 3], product) for i, product in enumerate(products)]
+    marks += [(level, "o", LEVEL_NAMES[level]) for level in LEVEL_NAMES if level in shown]
+    for level, marker, label in marks:
+        axes.plot([], [], linestyle="", marker=marker, color=LEVEL_COLOURS.get(level, INK), label=label)
+    axes.plot([], [], linestyle="", marker="o", color=INK, markerfacecolor="white", label="would be, not run")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusekit.passes.region import Fusion, Refusal
+from fusekit.precision_report import summary, table
 
 WIDTH = 128  # columns of a table turned into text; a terminal's own width is used when printing to one
 
@@ -24,6 +25,7 @@ class Report:
     flops_covered, bytes_covered: shares 0..1 of the captured graphs' forward FLOPs and memory traffic.
     graphs: captured graphs (train, eval and other guards each make one).
     graph_breaks: causes, as sentences, that split the model into several graphs.
+    precision: of precision="auto", one entry a product of a layer: level, reason, statistics, flips.
     notes: what the pipeline has to say beyond sites (Inductor fell back, TF32 without a GPU, ...).
     """
 
@@ -33,6 +35,7 @@ class Report:
     bytes_covered: float = 0.0
     graphs: int = 0
     graph_breaks: tuple[str, ...] = ()
+    precision: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,6 +49,7 @@ class Report:
                 {"op": r.op, "rule": r.rule, "location": r.location, "reason": r.reason} for r in self.refused
             ],
             "graph_breaks": list(self.graph_breaks),
+            "precision": list(self.precision),
             "notes": list(self.notes),
         }
 
@@ -62,6 +66,8 @@ class Report:
             parts.append(_fused_table(self.fused))
         if self.refused:
             parts.append(_refused_table(self.refused))
+        if self.precision:
+            parts += [summary(self.precision), render(table(self.precision))]
         parts += [f"graph break: {cause}" for cause in self.graph_breaks]
         parts += [f"note: {note}" for note in self.notes]
         return "\n".join(parts)
@@ -88,6 +94,7 @@ def _fusion_to_dict(f: Fusion) -> dict[str, Any]:
         "op": f.op,
         "rule": f.rule,
         "location": f.location,
+        "layer": f.layer,
         "shapes": [list(shape) for shape in f.shapes],
         "dtype": f.dtype,
         "implementation": f.implementation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -14,6 +14,7 @@ from fusekit.passes import _compat
 from fusekit.passes.capture import Capture, CapturedRegion, Failure
 from fusekit.passes.config import Config
 from fusekit.passes.region import Settings
+from fusekit.precision_controller import PrecisionController
 
 Hook = Callable[["Session", tuple[Any, ...], dict[str, Any]], None]
 
@@ -25,6 +26,7 @@ class Session:
     failures: frames that run eagerly, with the user's line and the reason.
     graph_breaks: what split the model into several graphs, as sentences with the user's line.
     after_call: hook(session, args, kwargs) for each, after every call of the model.
+    precision: of precision="auto"; None for every other.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, config: Config) -> None:
@@ -34,6 +36,8 @@ class Session:
         self.capture = Capture(settings=settings, config=config)
         self.graph_breaks: list[str] = []
         self.after_call: list[Hook] = []
+        self.precision: PrecisionController | None = None
+        self._own_calls = False
         self.unsettled = True  # a call that compiled, or the first one, has not been looked at yet
         self._listening = False
         self.replaced_call: Callable[..., Any] | None = None  # what `restore` puts back
@@ -45,6 +49,11 @@ class Session:
             raise RuntimeError("the optimised model of this session no longer exists")
         return model
 
+    def parameter_ids(self) -> set[int]:
+        """Of the model's parameters as they are now; none once the model is gone."""
+        model = self._model()
+        return set() if model is None else {id(parameter) for parameter in model.parameters()}
+
     @property
     def regions(self) -> list[CapturedRegion]:
         return self.capture.regions
@@ -52,6 +61,19 @@ class Session:
     @property
     def failures(self) -> list[Failure]:
         return self.capture.failures
+
+    @contextlib.contextmanager
+    def own_calls(self) -> Iterator[None]:
+        """The model is called by fusekit itself: that is no training, and nothing is sampled or decided."""
+        before, self._own_calls = self._own_calls, True
+        try:
+            yield
+        finally:
+            self._own_calls = before
+
+    @property
+    def training_precision(self) -> PrecisionController | None:
+        return None if self._own_calls else self.precision
 
     def listen(self) -> None:
         """Before a compilation of ours: what Dynamo noted until now belongs to others."""
@@ -123,6 +145,21 @@ def session(model: nn.Module) -> Session:
     return found
 
 
+def auto_precision(model: nn.Module) -> PrecisionController:
+    """The controller of a model that `optimize` gave precision="auto" or a plan.
+
+    Raises:
+        ValueError: the model is not optimised, or has one precision for all.
+    """
+    opened = session(model)
+    if opened.precision is None:
+        raise ValueError(
+            f"this model was optimised with precision={opened.settings.precision!r}, which decides nothing: "
+            'use precision="auto", an AutoPrecision or a PrecisionPlan'
+        )
+    return opened.precision
+
+
 class OptimisedCall:
     """Stands in a module's compiled-call slot: runs Dynamo's callable with this session current."""
 
@@ -130,6 +167,9 @@ class OptimisedCall:
         self._session, self._compiled = session, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        precision = self._session.training_precision
+        if precision is not None:
+            precision.before_call()
         current = _current.sessions
         current.append(self._session)
         _compat.ensure_callbacks(_on_compile_start, _on_compile_end)
@@ -145,6 +185,8 @@ class OptimisedCall:
             current.pop()
         if self._session.unsettled or self._session.may_be_worn_out():
             self._session.settle()
+        if precision is not None:
+            precision.after_call()
         for hook in self._session.after_call:
             hook(self._session, args, kwargs)
         return output

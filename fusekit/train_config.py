@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from fusekit.kernels.recipe import PRESETS
 
 PROVIDERS = ("eager", "compile", "fusekit")
-FP8 = ("fp8", *PRESETS)
+FP8 = ("fp8", *PRESETS, "auto")
 PRECISIONS = ("float32", "tf32", "fp16", "bf16", *FP8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. provider: "eager", "compile", "fusekit"; precision: "float32", "tf32", "fp16", "bf16",
-    and with fusekit "fp8" or the name of an FP8 recipe.
+    and with fusekit "fp8", the name of an FP8 recipe, or "auto".
 
     A step is `accumulate` batches of `batch` rows. The learning rate rises linearly for `warmup` steps, then
     falls as a cosine to a tenth. Intervals of 0 mean: only at the end. log_every 0: every step on a CPU,
-    every 10th on a GPU, where reading the loss makes the host wait.
+    every 10th on a GPU, where reading the loss makes the host wait. precision_every: steps of the calibration
+    of "auto", and between its samples afterwards.
     """
 
     steps: int = 300
@@ -37,6 +38,7 @@ class TrainConfig:
     validation_batches: int = 8
     checkpoint_every: int = 50
     log_every: int = 0
+    precision_every: int = 50
 
     def __post_init__(self) -> None:
         for name, allowed in (("provider", PROVIDERS), ("precision", PRECISIONS)):
@@ -47,7 +49,7 @@ class TrainConfig:
                 f"precision {self.precision} is fusekit's own; {self.provider} trains in float32, tf32, fp16 "
                 f"or bf16"
             )
-        for name in ("steps", "batch", "context", "accumulate", "validation_batches"):
+        for name in ("steps", "batch", "context", "accumulate", "validation_batches", "precision_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "validate_every", "checkpoint_every", "log_every"):

@@ -1,8 +1,9 @@
 """The training loop: read `fit` and `train_step`, the rest are their parts.
 
-One run is a folder: checkpoint.pt, metrics.jsonl, loss.png. A run that was killed at any moment and resumed
-ends with the same bits as one that was not: the checkpoint holds weights, optimizer, loss scale, random
-generators, the position in the data and the step; everything else is a function of the configuration.
+One run is a folder: checkpoint.pt, metrics.jsonl, loss.png, with precision "auto" precision.json. A run that
+was killed at any moment and resumed ends with the same bits as one that was not: the checkpoint holds
+weights, optimizer, loss scale, random generators, the position in the data and the step, and the levels of
+precision "auto"; everything else is a function of the configuration.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from fusekit.loss_scaler import LossScaler
 from fusekit.meter import Stopwatch, peak_memory
 from fusekit.monitor import Metrics, Monitor, read_metrics
 from fusekit.plots import plot_losses
+from fusekit.precision_plan import PLAN_FILE
+from fusekit.session import auto_precision
 from fusekit.train_config import TrainConfig
 
 # Settings that may differ between a checkpoint and the run that continues it.
@@ -63,6 +66,7 @@ class Trainer:
         self.watch = watch or (lambda record: None)
         self.model = model.to(self.device).train()
         self.forward = provide(self.model, config)
+        self.precision = auto_precision(self.model) if config.precision == "auto" else None
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
         if self.scaler.is_enabled():  # read on the device, by steps that were not skipped
@@ -128,6 +132,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.precision is not None:
+            self.precision.step(total, grad_norm)
         return total, grad_norm
 
     def learning_rate(self) -> float | Tensor:
@@ -193,7 +199,11 @@ class Trainer:
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "validation_loss": self.validation_loss,
         }
+        if self.precision is not None:
+            state["precision"] = self.precision.state_dict()
         save_checkpoint(self.checkpoint, state)
+        if self.precision is not None:
+            self.precision.plan.save(self.folder / PLAN_FILE)
         self.saved_step = self.step
         self.watched.lap()
 
@@ -207,7 +217,7 @@ class Trainer:
         path = path or self.checkpoint
         state = load_checkpoint(path)
         now = {k: v for k, v in (asdict(self.config) | self.identity).items() if k not in MAY_CHANGE}
-        then = state["config"] | state["identity"]
+        then = asdict(TrainConfig()) | state["config"] | state["identity"]
         differing = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
         if differing:
             raise ValueError(
@@ -217,6 +227,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.precision is not None:
+            self.precision.load_state_dict(state["precision"])
         torch.set_rng_state(state["random"]["cpu"])
         if state["random"]["cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -248,9 +260,10 @@ def provide(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
     if config.provider == "fusekit":
         import fusekit
 
-        return fusekit.optimize(
-            model, precision="keep" if config.precision == "float32" else config.precision
-        )
+        every = config.precision_every
+        auto = fusekit.AutoPrecision(every=every, calibration=every)
+        named: Any = {"float32": "keep", "auto": auto}.get(config.precision, config.precision)
+        return fusekit.optimize(model, precision=named)
     return model
 
 

@@ -96,7 +96,7 @@ def _undisturbed(opened: Session) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in opened.model.buffers()]
     hooks, opened.after_call = opened.after_call, []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), opened.own_calls():
             yield
     finally:
         opened.after_call = hooks

@@ -54,7 +54,7 @@ def ambient_autocast() -> dict[str, torch.dtype]:
     return {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
 
 
-def call_checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+def call_checkpoint(body: Any, *args: Any, **kwargs: Any) -> Any:
     """What a checkpoint node runs: a real non-reentrant checkpoint, which replays random numbers."""
     options, body_kwargs = _compat.divide_checkpoint_kwargs(kwargs)
     options["use_reentrant"] = False

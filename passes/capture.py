@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from fusekit.passes.emit import graph_inputs, without_autocast
 from fusekit.passes.invariants import InvariantError
 from fusekit.passes.logits import mark_unread
 from fusekit.passes.pipeline import run_pipeline
-from fusekit.passes.region import Refusal, Region, Settings
+from fusekit.passes.region import Fusion, Levels, Refusal, Region, Settings
 
 logger = logging.getLogger("fusekit")
 
@@ -72,6 +72,26 @@ class CapturedRegion:
         """Run the pipeline again without these sites; the next call uses the new graph."""
         self._build(frozenset(disabled_sites), in_frame=False)
 
+    def replan(self, settings: Settings) -> None:
+        """Run the pipeline again with other levels. Sites that `verify` reverted stay so.
+
+        They are found again by layer, or by op, rule and line: names count sites, which levels change.
+        """
+        old, self._settings = self._settings, settings
+        if _same_levels(old.levels, settings.levels, self.region.layers):
+            return
+        reverted, marks = self.disabled_sites, {}
+        if reverted:
+            self._settings = old
+            self._build(frozenset(), in_frame=False)
+            marks = {_mark(f): self.reverted.get(f.site) for f in self.region.fusions if f.site in reverted}
+            self._settings = settings
+        self._build(frozenset(), in_frame=False)
+        again = {f.site: marks[_mark(f)] for f in self.region.fusions if _mark(f) in marks}
+        self.reverted = {site: refusal for site, refusal in again.items() if refusal is not None}
+        if again:
+            self._build(frozenset(again), in_frame=False)
+
     def _build(self, disabled_sites: frozenset[str], *, in_frame: bool) -> None:
         region = Region(
             module=copy_graph(self._canonical),
@@ -87,12 +107,28 @@ class CapturedRegion:
         self.region, self._run = region, region.run
 
 
+def _same_levels(old: Levels | None, new: Levels | None, layers: Iterable[str]) -> bool:
+    """Whether a graph with these layers is the same under both."""
+    if old is None or new is None:
+        return old is new
+    return old.watched == new.watched and all(old.token(name) == new.token(name) for name in layers)
+
+
+def _mark(fusion: Fusion) -> tuple[str, ...]:
+    """What tells a site from others whatever they are."""
+    return (fusion.layer,) if fusion.layer else (fusion.op, fusion.rule, fusion.location)
+
+
 @dataclass(kw_only=True)
 class Capture:
-    """A Dynamo backend that remembers every frame it was given."""
+    """A Dynamo backend that remembers every frame it was given.
+
+    recorder: of every region captured from now on, see CapturedRegion.
+    """
 
     settings: Settings
     config: Config
+    recorder: Callable[[fx.GraphModule], fx.Interpreter] | None = None
     regions: list[CapturedRegion] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -120,6 +156,7 @@ class Capture:
                 logger.exception("capture of a frame failed")
             self.fail(error_location(error, module), _sentence(error))
             raise _compat.SkipFrame(f"fusekit: {error}") from error
+        captured.recorder = self.recorder
         self.regions.append(captured)
 
         def run(*args: Any) -> Any:  # Dynamo wants a function; the object behind it can be rebuilt

@@ -56,6 +56,16 @@ def why_kept(match: Match, settings: Settings, *, in_checkpoint: bool = False) -
     return cost.why_fp8_does_not_pay(cost.size(x) // max(K, 1), N, K, x)
 
 
+def product_of(match: Match) -> fx.Node:
+    """The matrix product among the nodes of a layer."""
+    return next(node for node in match.nodes if spell(node).name in _PRODUCTS)
+
+
+def weight_shape(match: Match) -> tuple[int, int]:
+    """Output and input features."""
+    return _weight_shape(match.arguments["weight"])
+
+
 def module_name(match: Match, settings: Settings) -> str:
     """The layer's name in the model, as named_modules has it; "" where no module is around it."""
     for node in match.nodes:

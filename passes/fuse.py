@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.op import Op
 from fusekit.passes.canonicalise import bodies, location
-from fusekit.passes.fp8_sites import is_layer, why_kept
+from fusekit.passes.fp8_sites import is_layer, module_name, product_of, weight_shape, why_kept
 from fusekit.passes.normalise import is_mutation, is_view, memory, same_meta, same_shape, writes
 from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, New, Rule
 from fusekit.passes.region import Fusion, Region
@@ -100,9 +101,46 @@ class _Fuser:
         assert settings.recipe is not None
         match.arguments["recipe"] = settings.recipe.token()
         in_checkpoint = self.module is not self.region.module
-        reason = why_kept(match, settings, in_checkpoint=in_checkpoint) or self.apply(match)
+        reason = why_kept(match, settings, in_checkpoint=in_checkpoint)
+        if reason is None:
+            reason = self.apply(match) if settings.levels is None else self.apply_level(match)
         if reason is not None and match.rule is fp8.BARE:
             self.region.refuse("linear_fp8", _location(match), f"stays in high precision: {reason}")
+
+    def apply_level(self, match: Match) -> str | None:
+        """A layer at the level its plan gives it; in bf16 a watched one keeps a site of its own."""
+        levels, nodes = self.region.settings.levels, {*match.nodes, *match.outputs}
+        assert levels is not None
+        layer = module_name(match, self.region.settings) or _location(match)
+        if self.gone & nodes:
+            return None  # decided with its activation
+        if reason := self.unsupported(match):
+            return reason
+        self.region.layers[layer] = weight_shape(match)
+        product_of(match).meta["layer"] = layer
+        token = levels.token(layer)
+        if token is not None:
+            match.arguments["recipe"] = token
+            return self.apply(match)
+        if levels.watched and match.rule is not fp8.BARE and not self.takes("linear_act"):
+            return None  # left to the row without an activation
+        if levels.watched and match.rule is not fp8.BARE:
+            rule = replace(match.rule, op="linear_act")
+            arguments = {name: value for name, value in match.arguments.items() if name != "recipe"}
+            return self.apply(replace(match, rule=rule, arguments=arguments))
+        if levels.watched:
+            self.gone.update(nodes)
+        return levels.reason(layer)
+
+    def takes(self, op: str) -> bool:
+        wanted = self.region.settings.fuse
+        return (wanted is None or op in wanted) and op not in self.region.config.disable
+
+    def unsupported(self, match: Match) -> str | None:
+        """Why linear_fp8 could not take this layer at any level."""
+        op = ALL_OPS["linear_fp8"]
+        values = (_value(a, match.root) for a in _in_order(op, match.arguments).values())
+        return op.supports(*values)
 
     def apply(self, match: Match) -> str | None:
         """Rewrite one match; or leave the graph as it was and say why."""
@@ -177,7 +215,13 @@ class _Fuser:
             flops=_hint(ALL_OPS[op].flops(*values.values())),
             eager=eager,
             inputs=inputs,
+            layer=self.layer_of(match),
         )
+
+    def layer_of(self, match: Match) -> str:
+        """Of a site that is one layer: its name, where levels are chosen by name."""
+        named = [node.meta["layer"] for node in match.nodes if "layer" in node.meta]
+        return named[0] if len(named) == 1 and match.rule.op in ("linear_fp8", "linear_act") else ""
 
     def allowed(self, fusion: Fusion) -> bool:
         fuel = self.region.config.fuel
@@ -197,6 +241,8 @@ class _Fuser:
                 ]
         _describe_node(fused, match.root, results)
         fused.meta["fusion"] = fusion
+        if fusion.layer:
+            fused.meta["layer"] = fusion.layer
         fused.meta["fusion_inputs"] = [a for a in fused.args if isinstance(a, fx.Node)]
         for part, output, result in zip(parts, match.outputs, _as_tuple(results), strict=False):
             if part is not fused:

@@ -45,7 +45,12 @@ def _report_fp8(region: Region) -> None:
         if n.target is FP8_OPS["linear_fp8"].fused
     ]
     assert region.settings.recipe is not None
-    note = f"FP8 recipe {region.settings.recipe.token()}: {len(layers)} linear layers; the rest in bfloat16"
+    if region.settings.levels is None:
+        note = (
+            f"FP8 recipe {region.settings.recipe.token()}: {len(layers)} linear layers; the rest in bfloat16"
+        )
+    else:
+        note = f"precision auto: {len(layers)} of {len(region.layers)} layers have FP8 products"
     if layers and emulates_fp8(layers[0].meta["val"]):
         note += ". Emulated: this device has no FP8 products, so the numbers are FP8's and the speed is not"
     region.notes.append(note)

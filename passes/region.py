@@ -15,11 +15,34 @@ from fusekit.passes.weights import WeightCache
 
 
 @dataclass(frozen=True, kw_only=True)
+class Levels:
+    """A recipe for each layer: precision="auto".
+
+    tokens: by the layer's name; None is bf16. default: of layers that are not named here.
+    reasons: by the layer's name, for reports; why: of the others.
+    watched: layers in bf16 keep a site of their own, so that their inputs and gradients can be sampled.
+    """
+
+    tokens: Mapping[str, str | None] = field(default_factory=dict)
+    default: str | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    why: str = "precision auto: not sampled yet"
+    watched: bool = True
+
+    def token(self, layer: str) -> str | None:
+        return self.tokens.get(layer, self.default)
+
+    def reason(self, layer: str) -> str:
+        return self.reasons.get(layer, self.why)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the user asked of `optimize`, checked.
 
     precision: "keep", "tf32", "fp16", "bf16", "fp8".
     recipe: of "fp8"; None for the others.
+    levels: what each layer has instead of `recipe`; None: all have that.
     keep: patterns of module names that a recipe leaves in high precision.
     modules: names of the model's modules by str(id(module)), under which graph nodes carry them.
     fuse: names of the ops that may be used, None for all.
@@ -30,6 +53,7 @@ class Settings:
 
     precision: str = "keep"
     recipe: Recipe | None = None
+    levels: Levels | None = None
     keep: tuple[str, ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     fuse: frozenset[str] | None = None
@@ -48,6 +72,7 @@ class Fusion:
         then the names of the graph inputs the replaced nodes read beside them. A mask that was recognised as
         structure is such a case: the fused op does not take it, `eager` computes it as the model did, so
         `verify` compares with the mask the model had and a wrong recognition is caught.
+    layer: the module's name, where `Settings.levels` chose how it runs.
     gains are ratios of eager time to fused time; None until estimated or measured.
     """
 
@@ -64,6 +89,7 @@ class Fusion:
     flops: int = 0
     eager: fx.GraphModule | None = field(default=None, repr=False)
     inputs: tuple[str | None, ...] = ()
+    layer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +124,7 @@ class Region:
     disabled_sites: frozenset[str] = frozenset()
     fusions: list[Fusion] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # that FP8 could take: (N, K) by name
     input_casts: list[InputCast] = field(default_factory=list)
     weights: WeightCache = field(default_factory=WeightCache)
     unread: tuple[int, ...] = ()  # outputs the caller promised not to read: None in the graph

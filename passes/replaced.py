@@ -67,7 +67,9 @@ class _Builder:
             else:
                 self.copies[needed] = self.graph.node_copy(needed, self.copies.__getitem__)
                 self.copies[needed].meta = {
-                    k: v for k, v in needed.meta.items() if k in ("val", "stack_trace", "full_precision")
+                    k: v
+                    for k, v in needed.meta.items()
+                    if k in ("val", "stack_trace", "full_precision", "layer")
                 }
         return self.copies[node]
 

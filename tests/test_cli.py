@@ -160,6 +160,33 @@ def test_fp8_on_the_command_line(capsys):
     assert_sentence(code, errors, "precision fp8 is fusekit's own")
 
 
+def test_precision_of_a_run_as_table_json_and_plot(capsys, tmp_path, text):
+    out, picture = tmp_path / "run", tmp_path / "levels.png"
+    options = [
+        *EAGER,
+        "--provider=fusekit",
+        "--precision=auto",
+        "--precision-every=2",
+        "--data",
+        text,
+        "--out",
+        out,
+    ]
+    assert run(capsys, "train", *options)[0] == 0
+    code, table, errors = run(capsys, "precision", out, "--plot", picture)
+    assert code == 0 and not errors and "4 layers, 12 products" in table and "blocks.0.expand" in table
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, rows, _ = run(capsys, "precision", out / "precision.json", "--json")
+    rows = json.loads(rows)
+    assert code == 0 and len(rows) == 12
+    assert {row["product"] for row in rows} == {"output", "grad_input", "grad_weight"}
+    assert all(row["runs"] in ("tensor", "row", "bf16") and row["statistics"] for row in rows)
+    code, _, errors = run(capsys, "precision", tmp_path)
+    assert_sentence(code, errors, "cannot be read", "precision.json")
+    code, _, errors = run(capsys, "precision", out, "--plot", tmp_path / "no" / "such" / "folder.png")
+    assert_sentence(code, errors, "was not drawn")
+
+
 def test_bisect_of_the_builtin_model(capsys):
     code, output, _ = run(capsys, "bisect", *TINY, "--json", "--precision=float32")
     assert code == 0

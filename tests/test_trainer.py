@@ -18,6 +18,7 @@ from fusekit.data import Corpus
 from fusekit.gpt import GPT, GPTConfig
 from fusekit.interrupt import Interrupted
 from fusekit.monitor import Monitor, read_metrics
+from fusekit.precision_plan import PrecisionPlan
 from fusekit.train_config import TrainConfig
 from fusekit.trainer import Trainer, TrainingError
 
@@ -100,6 +101,27 @@ def test_resuming_under_fusekit_gives_the_same_bits(tmp_path, precision):
     resumed.resume()
     resumed.fit()
     assert_same_bits(weights(straight), weights(resumed))
+
+
+@pytest.mark.parametrize("stops", [(3,), (5, 6), (11,)])
+def test_resuming_with_automatic_precision_replays_every_decision(tmp_path, monkeypatch, stops):
+    """Stopped in the calibration, at its end, and between two samples."""
+    monkeypatch.setattr("fusekit.precision_controller.emulates_fp8", lambda value: False)  # as on a GPU
+    options = {"provider": "fusekit", "precision": "auto", "precision_every": 5, "steps": 14, "accumulate": 2}
+    straight = make_trainer(tmp_path / "straight", **options)
+    straight.fit()
+    for i, stop_after in enumerate([*stops, None]):
+        part = make_trainer(tmp_path / "broken", **options, stop_after=stop_after)
+        if i:
+            torch.manual_seed(123)
+            part.resume()
+        part.fit()
+    assert_same_bits(weights(straight), weights(part))
+    assert straight.precision.state_dict() == part.precision.state_dict()
+    plans = [PrecisionPlan.load(tmp_path / name / "precision.json") for name in ("straight", "broken")]
+    assert plans[0] == plans[1] == straight.precision.plan and plans[0].steps == 14
+    assert straight.precision.live
+    assert {row["samples"] for row in plans[0].rows()} == {6}  # of steps 0 to 4, and 9
 
 
 SCRIPT = """

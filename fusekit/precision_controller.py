@@ -1,0 +1,328 @@
+"""The run of `precision="auto"`: when to sample, what to conclude, which levels the model runs at.
+
+    optimize(model, precision="auto")
+    controller = fusekit.auto_precision(model)
+    loss.backward(); optimizer.step()
+    controller.step(loss, gradient_norm)       # optional: feeds the guard
+    controller.plan.save("plan.json")
+
+A step ends when an optimizer of one of the model's parameters has stepped, or with `step`. The first call
+with gradients of every `every`-th step is sampled; when the step has ended its statistics are read, the one
+moment at which the host waits, and levels change. A change builds the affected graphs again from their
+captured form; Dynamo is not asked. Decisions depend on the samples alone, so a run that is resumed from
+`state_dict` takes the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fusekit.auto_precision import AutoPrecision
+from fusekit.kernels.precision_statistics import PRODUCTS
+from fusekit.passes.cost import emulates_fp8
+from fusekit.passes.region import Levels
+from fusekit.passes.sampling import Key, Samples
+from fusekit.precision_guard import Guard
+from fusekit.precision_levels import BF16, FINER, TENSOR, Layer, judge, level_name, named, recipe_of
+from fusekit.precision_plan import PrecisionPlan, Shapes, fingerprint
+from fusekit.precision_report import reason_of
+from fusekit.update_watch import UpdateWatch
+
+if TYPE_CHECKING:
+    from fusekit.passes.capture import Capture, CapturedRegion
+    from fusekit.session import Session
+
+GUARD_READ = 10  # steps between reads of the guard's alarms
+GUARDED_STEPS = 200
+
+
+class PrecisionController:
+    """Made by `optimize`; `fusekit.auto_precision(model)` returns it.
+
+    changes: what happened, as {"step", "layer", "product", "from", "to", "reason"}; of an alarm of the guard
+        layer and product are "".
+    """
+
+    def __init__(self, config: AutoPrecision, model: nn.Module) -> None:
+        self.config = config
+        plan = config.plan
+        if plan is not None and not isinstance(plan, PrecisionPlan):
+            plan = PrecisionPlan.load(plan)
+        if plan is not None:
+            plan.check(model)
+        self.fine = config.fine if plan is None else plan.fine
+        self.changes: list[dict[str, Any]] = []
+        self._model: Shapes = fingerprint(model)
+        self._layers: dict[str, Layer] = {}
+        if plan is not None:  # a copy: levels move on
+            self._layers = dict(PrecisionPlan.from_dict(plan.to_dict()).layers)
+        self._planned = plan is not None
+        self._calibrating = plan is None and config.mode != "observe"
+        self._guard, self._alarms, self._guarded_until = Guard(), 0, 0
+        self._step, self._sampled_at = 0, -max(config.every, config.calibration)
+        self._watch = UpdateWatch(set)
+        self._samples: Samples | None = None
+        self._owner: Callable[[], Session | None] = lambda: None
+        self._starts_emulated = _lacks_fp8(model)
+        self._told: tuple[Any, ...] = ()
+
+    def attach(self, session: Session) -> None:
+        """`optimize` says whose precision it is; the session owns the controller."""
+        self._owner = ref(session)
+        self._watch = UpdateWatch(session.parameter_ids)
+
+    @property
+    def _session(self) -> Session:
+        session = self._owner()
+        if session is None:
+            raise ValueError("the model of this controller was restored or optimised again; ask for its own")
+        return session
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._step + self._watch.updated
+
+    @property
+    def live(self) -> bool:
+        """Whether products run in FP8 by the plan, and not in bf16."""
+        return not self.why_not_live
+
+    @property
+    def why_not_live(self) -> str:
+        """Why all runs in bf16 whatever the levels say; "" where they hold."""
+        if self.config.mode == "observe":
+            return "only observed: the model runs in bf16"
+        if self._calibrating:
+            return f"in bf16 until the plan is made, after {self.config.calibration} steps"
+        if self.config.mode == "calibrate":
+            return "the plan is made, and the model stays in bf16 (mode calibrate)"
+        if not self.config.emulate and self._emulated():
+            return "in bf16: this device has no FP8 products, and AutoPrecision(emulate=True) emulates them"
+        return ""
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """The levels as they are now; the controller goes on without changing it."""
+        self._conclude()
+        found = PrecisionPlan(
+            model=self._model, layers=self._layers, fine=self.fine, steps=self.steps, guarded=self._guarded
+        )
+        return PrecisionPlan.from_dict(found.to_dict())
+
+    @property
+    def ready(self) -> bool:
+        """Whether the plan rests on a whole calibration, or was given."""
+        return not self._calibrating
+
+    def levels(self) -> Levels:
+        """What the pipeline is told."""
+        watched = not (self._idle or (self.config.mode == "frozen" and self.ready))
+        if why := self.why_not_live:
+            return Levels(why=f"precision auto: {why}", watched=watched)
+        tokens, reasons = {}, {}
+        rows = PrecisionPlan(model={}, layers=self._layers, fine=self.fine, guarded=self._guarded).rows()
+        for name, layer in self._layers.items():
+            tokens[name] = layer.token(self.fine, low_weight_gradient=self._guarded)
+            reasons[name] = reason_of([row for row in rows if row["layer"] == name])
+        return Levels(tokens=tokens, reasons=reasons, why="precision auto: not in the plan", watched=watched)
+
+    def step(self, loss: Tensor | float | None = None, gradient_norm: Tensor | float | None = None) -> None:
+        """End an optimizer step; its loss and gradient norm, not waited for, feed the guard."""
+        if self.config.guard and not (loss is None and gradient_norm is None):
+            self._guard.add((loss, gradient_norm))
+        self._watch.updated = True
+        self._conclude()
+
+    def before_call(self) -> None:
+        session = self._session
+        if not torch.is_grad_enabled():
+            return
+        if self._watch.updated:
+            self._next_step()
+        if self._is_due() and self._samples is None:
+            self._samples = self._new_samples()
+            for place in _places(session):
+                if place.recorder is None:
+                    place.recorder = self._samples.recorder
+
+    def after_call(self) -> None:
+        session = self._session
+        samples = self._samples
+        if samples is None or not samples.open:
+            return
+        samples.open = False
+        for place in _places(session):
+            if place.recorder == samples.recorder:
+                place.recorder = None
+        self._meet_layers()
+        self._sampled_at = self._step
+        if not samples.found:
+            self._samples = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint; call it between steps."""
+        self._conclude()
+        return {
+            "plan": self.plan.to_dict(), "step": self._step, "sampled_at": self._sampled_at,
+            "ended": self._watch.updated, "calibrating": self._calibrating, "planned": self._planned,
+            "guard": self._guard.state.tolist(), "guard_fed": self._guard.fed,
+            "alarms": self._alarms,
+            "guarded_until": self._guarded_until, "changes": [dict(change) for change in self.changes],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: the state is of another model, or no such state.
+        """
+        if "plan" not in state:
+            raise ValueError('this is no state of precision="auto"; state_dict() of a controller gives one')
+        plan = PrecisionPlan.from_dict(dict(state["plan"]), source="the checkpoint's precision state")
+        plan.check(self._session.model)
+        self._layers, self.fine = dict(plan.layers), plan.fine
+        self._step, self._sampled_at = state["step"], state["sampled_at"]
+        self._watch.updated = state["ended"]
+        self._calibrating, self._planned = state["calibrating"], state["planned"]
+        self._guard.state = torch.tensor(state["guard"], dtype=torch.float64)
+        self._guard.fed = state["guard_fed"]
+        self._alarms, self._guarded_until = state["alarms"], state["guarded_until"]
+        self.changes = [dict(change) for change in state["changes"]]
+        self._samples = None
+        self._apply()
+
+    def _apply(self) -> None:
+        """Tell the model's graphs the levels, and build those again whose layers changed."""
+        session, levels, self._told = self._session, self.levels(), self._tellable
+        session.settings = session.capture.settings = replace(session.settings, levels=levels)
+        for captured in session.regions:
+            captured.replan(session.settings)
+
+    @property
+    def _tellable(self) -> tuple[Any, ...]:
+        """Changes where `levels` does, and is quick to compare every step."""
+        return len(self.changes), len(self._layers), self._guarded, self._calibrating, self.live
+
+    @property
+    def _guarded(self) -> bool:
+        return self._step < self._guarded_until
+
+    def _emulated(self) -> bool:
+        owner = self._owner()
+        return self._starts_emulated if owner is None else _lacks_fp8(owner.model)
+
+    @property
+    def _joins_ranks(self) -> bool:
+        return self.config.across_ranks and dist.is_available() and dist.is_initialized()
+
+    @property
+    def _idle(self) -> bool:
+        """The plan is made and nothing runs by it: there is nothing left to decide."""
+        return self.ready and not self.live and self.config.mode != "observe"
+
+    def _is_due(self) -> bool:
+        if self._idle:
+            return False
+        interval = self.config.interval if self._calibrating else self.config.every
+        return self._step - self._sampled_at >= interval
+
+    def _new_samples(self) -> Samples:
+        recipes = [recipe_of(level, self.fine) for level in (TENSOR, FINER)]
+        return Samples(recipes, self._is_sampled, self.config.rows, offset=self._step)
+
+    def _is_sampled(self, layer: str) -> bool:
+        """A frozen plan need not look at what is in bf16: it stays."""
+        if self.config.mode != "frozen" or not self.ready:
+            return True
+        return layer in self._layers and self._layers[layer].token(self.fine) is not None
+
+    def _meet_layers(self) -> None:
+        session = self._session
+        for captured in session.regions:
+            for name, shape in captured.region.layers.items():
+                if name not in self._layers:
+                    self._layers[name] = layer = Layer(shape)
+                    if self._planned:
+                        for unit in layer.units.values():
+                            unit.level, unit.reason = BF16, "not in the plan"
+        order = {name: i for i, name in enumerate(session.settings.modules.values())}
+        self._layers = dict(sorted(self._layers.items(), key=lambda item: order.get(item[0], len(order))))
+
+    def _next_step(self) -> None:
+        self._conclude()
+        self._watch.updated = False
+        self._step += 1
+        if self._calibrating and self._step >= self.config.calibration:
+            self._end_calibration()
+        if self.config.guard and self._step % GUARD_READ == 0:
+            self._read_guard()
+        if self._told != self._tellable:
+            self._apply()
+
+    def _end_calibration(self) -> None:
+        """The plan is made; what no sample has seen is not trusted to FP8."""
+        self._calibrating, self._planned = False, True
+        for layer in self._layers.values():
+            for unit in layer.units.values():
+                if not unit.samples:
+                    unit.level, unit.reason = BF16, "not sampled in the calibration"
+
+    def _read_guard(self) -> None:
+        alarms = self._guard.alarms(across_ranks=self._joins_ranks)
+        if alarms > self._alarms and self.live:
+            self._guarded_until = self._step + GUARDED_STEPS
+            self._note("", "", "", "bf16", "a burst of the loss or the gradient's norm: weight gradients "
+                       f"in bf16 for {GUARDED_STEPS} steps")  # fmt: skip
+        self._alarms = alarms
+
+    def _conclude(self) -> None:
+        """Read the samples of the step that has ended, if there are any, and move levels."""
+        if self._samples is None or self._samples.open or not self._watch.updated:
+            return
+        found, self._samples = self._samples.found, None
+        keys = sorted(found)
+        stacked = torch.stack([found[key] for key in keys])
+        if self._joins_ranks:
+            dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
+        runs = {(name, p): layer.runs(p) for name, layer in self._layers.items() for p in PRODUCTS}
+        for key, vectors in zip(keys, stacked.tolist(), strict=True):
+            self._judge(key, vectors, runs[key])
+
+    def _judge(self, key: Key, vectors: list[list[float]], runs: int) -> None:
+        name, product = key
+        unit = self._layers[name].units[product]
+        statistics = [named(vector) for vector in vectors]
+        for level, of_level in enumerate(statistics):
+            at = level_name(level, self.fine)
+            before = unit.last.get(at, {}).get("largest_amax", 0.0)
+            unit.last[at] = of_level | {"largest_amax": max(before, of_level["amax"])}
+        verdicts = [judge(s, product, recipe_of(i, self.fine)) for i, s in enumerate(statistics)]
+        left = unit.level
+        promotes = self.config.mode == "adaptive" and self.live
+        if unit.observe(verdicts, self._step, runs=runs, live=self.live, may_promote=promotes):
+            self._note(name, product, level_name(left, self.fine), level_name(unit.level, self.fine),
+                       unit.reason)  # fmt: skip
+
+    def _note(self, layer: str, product: str, before: str, after: str, reason: str) -> None:
+        self.changes.append({
+            "step": self._step, "layer": layer, "product": product, "from": before, "to": after,
+            "reason": reason,
+        })  # fmt: skip
+
+
+def _lacks_fp8(model: nn.Module) -> bool:
+    parameter = next(model.parameters(), None)
+    return parameter is None or emulates_fp8(parameter)
+
+
+def _places(session: Session) -> list[Capture | CapturedRegion]:
+    """What has a recorder: the regions, and the capture for those to come."""
+    return [session.capture, *session.regions]
