@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels import attention_blocked, attention_launch, attention_native, philox
+from fusekit.kernels import attention_blocked, attention_choice, attention_launch, attention_native, philox
 from fusekit.kernels.attention_form import UNBOUNDED, Form, band, pairs
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
@@ -90,7 +90,7 @@ def _drawn(seed: Tensor | None) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     form = Form(*settings)
     if on_gpu(q):
-        return attention_launch.forward(q, k, v, form)
+        return attention_choice.forward(q, k, v, form)
     if form.is_banded or form.softcap is not None or form.sinks is not None:
         return attention_blocked.forward(q, k, v, form)
     return attention_native.forward(q, k, v, *_native(form))

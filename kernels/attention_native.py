@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import attention_cpu, philox
+from fusekit.kernels.attention_form import Form
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -75,6 +76,19 @@ def backward(
         dq[b].copy_(_shared(ds @ _precise(k[b]), q.shape[1]))
         dk[b].copy_(ds.transpose(-1, -2) @ _grouped(q[b], k.shape[1]))
     return dq, dk, dv
+
+
+def path(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
+    """Who runs a call on a CPU, in words."""
+    if form.is_banded:
+        return "blocks: window" if form.window is not None else "blocks: causal with an offset"
+    if form.softcap is not None or form.sinks is not None:
+        return "blocks: capped scores" if form.softcap is not None else "blocks: sinks"
+    if attention_cpu.takes(q, k, v, form.mask, form.dropout):
+        return "C++ pass"
+    if not _flash_fits(q, k, v, form.dropout):
+        return "matmuls: dropout" if form.dropout else "matmuls: values of another width"
+    return "flash" if _compute_dtype(q.dtype) == q.dtype else "flash in float32"
 
 
 def _flash_fits(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
