@@ -37,8 +37,10 @@ MOST_PARTS = 128
 PROGRAMS_PER_SM = 2
 # (block of keys, warps, stages) by padded head dimension: bytes in flight for two programs a multiprocessor.
 CONFIGS = {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2)}
-CONFIGS_FLOAT32 = {64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2)}
-MOST_ROWS, MOST_ROWS_FLOAT32 = 64, 16  # of a tile; float32 products keep their operands in registers
+# float32 products keep their operands in registers, as those of the ordinary kernel do.
+CONFIGS_FLOAT32 = {64: (16, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)}
+# Of a tile. With 64 the products are wgmma's, which Triton serialises beside masks, and registers spill.
+MOST_ROWS, MOST_ROWS_FLOAT32 = 32, 16
 BLOCK_COLUMNS = 64  # features of one program of the joining kernel
 BLOCK_PARTS = 16
 
