@@ -297,6 +297,20 @@ def flops(
     return 2 * B * H * pairs(causal, window, offset, Tq, Tk) * (D + DV)
 
 
+def runs_on(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> str:
+    """Who computes this call and why, as "own kernel: window"; of tensors no values are looked at."""
+    return attention_choice.describe(q, k, v, _settings(q, k, v, *args, **kwargs))
+
+
+def measure(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, clock: Any = None, **kwargs: Any
+) -> dict[str, float]:
+    """Seconds of whoever may compute this call on its GPU, kept for later calls; empty without a choice."""
+    if not on_gpu(q):
+        return {}
+    return attention_choice.measure(q, k, v, _settings(q, k, v, *args, **kwargs), clock)
+
+
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     """Lengths a few blocks long and no multiple of one, every kind of mask, shared heads, odd features."""
 

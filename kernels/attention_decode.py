@@ -37,8 +37,9 @@ MOST_PARTS = 128
 PROGRAMS_PER_SM = 2
 # (block of keys, warps, stages) by padded head dimension: bytes in flight for two programs a multiprocessor.
 CONFIGS = {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2)}
+CONFIGS_MASKED = {64: (64, 4, 3), 128: (32, 4, 2), 256: (16, 4, 2)}
 # float32 products keep their operands in registers, as those of the ordinary kernel do.
-CONFIGS_FLOAT32 = {64: (16, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)}
+CONFIGS_FLOAT32 = {64: (16, 8, 1), 128: (16, 8, 1)}  # of 256 features they spill: not taken
 # Of a tile. With 64 the products are wgmma's, which Triton serialises beside masks, and registers spill.
 MOST_ROWS, MOST_ROWS_FLOAT32 = 32, 16
 BLOCK_COLUMNS = 64  # features of one program of the joining kernel
@@ -169,6 +170,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
     """Whether the keys are many for the queries, and something is gained by splitting or sharing them."""
     if q.shape[-2] > MOST_QUERIES or q.numel() == 0 or form.dropout > 0.0:
         return False
+    if q.dtype == torch.float32 and _widest(q, v) not in CONFIGS_FLOAT32:
+        return False
     first, last = _seen(q.shape[-2], k.shape[-2], form)
     if last - first < LEAST_KEYS:
         return False
@@ -177,7 +180,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
 
 def split(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Split:
     """Parts for two programs a multiprocessor, of whole blocks of keys."""
-    block_m, (block_n, _, _) = _rows(q, k), _config(q, v)
+    block_m, (block_n, _, _) = _rows(q, k), _config(q, v, form)
     first, last = _seen(q.shape[-2], k.shape[-2], form)
     first -= first % block_n
     programs = k.shape[0] * k.shape[1] * -(-(q.shape[1] // k.shape[1] * q.shape[-2]) // block_m)
@@ -197,9 +200,14 @@ def _rows(q: Tensor, k: Tensor) -> int:
     return min(most, _padded(q.shape[1] // k.shape[1] * q.shape[-2]))
 
 
-def _config(q: Tensor, v: Tensor) -> tuple[int, int, int]:
-    widest = max(64, _padded(max(q.shape[-1], v.shape[-1])))
-    return (CONFIGS_FLOAT32 if q.dtype == torch.float32 else CONFIGS)[widest]
+def _config(q: Tensor, v: Tensor, form: Form) -> tuple[int, int, int]:
+    if q.dtype == torch.float32:
+        return CONFIGS_FLOAT32[_widest(q, v)]
+    return (CONFIGS if form.mask is None else CONFIGS_MASKED)[_widest(q, v)]
+
+
+def _widest(q: Tensor, v: Tensor) -> int:
+    return max(64, _padded(max(q.shape[-1], v.shape[-1])))
 
 
 def _multiprocessors(q: Tensor) -> int:
@@ -212,7 +220,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats, both as the ordinary kernel leaves them."""
     (B, H, Tq, _), (_, kv_heads, Tk, DV) = q.shape, v.shape
     mask, mask_strides = _broadcast(form.mask, q, k)
-    block_m, (block_n, warps, stages) = _rows(q, k), _config(q, v)
+    block_m, (block_n, warps, stages) = _rows(q, k), _config(q, v, form)
     constants = _constants(q, v, form, block_m, block_n)
     del constants["DROPOUT"]
     first, last, keys, parts = split(q, k, v, form)

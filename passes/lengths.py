@@ -1,8 +1,8 @@
 """Sizes that attention takes for granted, as guards of the captured frame.
 
 Of a cache that grows Dynamo makes every tensor's length a symbol of its own: keys and values of each layer,
-and the mask's. The rules ask for one length of keys and values. A call whose keys and values differ in length
-fails in eager as well, so a guard on that costs no capture; other sizes are guarded where they are equal now.
+and the mask's; the rules ask for one length of keys and values. Sizes that are equal in the call being
+captured are guarded as equal: a call in which they differ is captured anew, and left as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fusekit.passes.spelling import spell, value_of
 
 
 def equate_lengths(region: Region) -> None:
-    """Guard equal sizes of every call of attention. A graph that is rebuilt outside its frame has its guards."""
+    """Guard equal sizes of every call of attention. A graph rebuilt outside its frame has its guards."""
     if not region.in_frame:
         return
     for module in bodies(region.module):
@@ -41,8 +41,8 @@ def _equal_sizes(node: fx.Node) -> Iterator[tuple[Any, Any]]:
 
 
 def _guard(one: Any, other: Any) -> None:
-    """Equality of two symbolic sizes that are equal in this call; a number would bind the symbol to itself."""
-    if not all(isinstance(size, SymInt) and not size.node.expr.is_number for size in (one, other)):
-        return
-    if one.node.hint is not None and one.node.hint == other.node.hint:
-        bool(one == other)
+    """Equality of two sizes that are equal in this call; of a size and a number it makes a number of both."""
+    if isinstance(one, SymInt) or isinstance(other, SymInt):
+        values = [size.node.hint if isinstance(size, SymInt) else size for size in (one, other)]
+        if values[0] is not None and values[0] == values[1]:
+            bool(one == other)

@@ -81,7 +81,9 @@ def test_one_query_reads_shared_keys_once(mask, dtype, monkeypatch):
         "of one head": torch.rand(2, 6, 1, 90) < 0.5,
     }
     queries, takes = [], attention_cpu.takes
-    monkeypatch.setattr(attention_cpu, "takes", lambda q, *args: queries.append(q.shape[2]) or takes(q, *args))
+    monkeypatch.setattr(
+        attention_cpu, "takes", lambda q, *args: queries.append(q.shape[2]) or takes(q, *args)
+    )
     fused = assert_parity((q, k, v, masks.get(mask)), dtype)
     assert {*queries} == ({1} if mask == "of one head" else {3})
     assert fused["output"].stride() == q.stride() == fused["grad_0"].stride()

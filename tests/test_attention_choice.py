@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 
+import fusekit
+from benchmarks import tune_attention
 from fusekit.kernels import (
     attention,
     attention_choice,
@@ -19,6 +23,7 @@ from fusekit.kernels import (
     attention_native,
     attention_times,
     attention_trial,
+    cpu_library,
 )
 from fusekit.kernels.attention import OP
 from fusekit.kernels.attention_choice import OWN, choose
@@ -75,10 +80,21 @@ def library(run: Callable[..., Any] = exact, name: str = "cuDNN") -> Library:
     return Library(name, attention_libraries._cudnn_unfit, run, lambda: None)
 
 
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        scores = (q @ k.transpose(-1, -2) / 4).masked_fill(torch.ones(600, 600).tril() == 0, -math.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """No times, no trials and no plans of other tests."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(attention_times, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(attention_trial, "_outcomes", {})
     attention_times.forget()
     attention_choice._plans.held.clear()
@@ -90,9 +106,11 @@ def fresh(tmp_path, monkeypatch):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """CPU tensors take the GPU's way; our backward kernels are stood in for by the CPU's, fed what they are."""
+    """CPU tensors take the GPU's way; the CPU's passes stand in for our kernels, in their units."""
 
-    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, _: bool):
+    def backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, _: bool
+    ):
         grads = attention_native.backward(dy, q, k, v, out, stats / LOG2E, *attention._native(form))
         return *grads, None, None
 
@@ -212,7 +230,7 @@ def test_a_field_that_nobody_here_knows_stays_with_the_own_kernel(monkeypatch):
 
 def test_what_flash_attn_takes(monkeypatch):
     unfit = attention_libraries._package_unfit
-    q, k, v, longer = heads(40), heads(40), heads(40), heads(90)
+    q, k, longer = heads(40), heads(40), heads(90)
 
     def why(k: Tensor, **settings: Any) -> str | None:
         return unfit(q, k, k, form(q, k, k, **settings))
@@ -267,7 +285,7 @@ def test_the_fastest_of_what_was_measured_runs(on_gpu, monkeypatch):
     assert choose(neighbour, neighbour, neighbour, args[3]).name == "SDPA flash"
     far = heads(1100)
     assert choose(far, far, far, args[3]).reason == "static default on sm_90"
-    (file,) = (attention_times.cache_folder()).glob("attention-*.json")
+    (file,) = attention_times.cache_folder().glob("attention-*.json")
     held = json.loads(file.read_text())
     held["versions"]["torch"] = "1.0"
     file.write_text(json.dumps(held))
@@ -288,9 +306,37 @@ def test_the_own_kernel_runs_where_it_was_measured_the_fastest(on_gpu, monkeypat
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": 3}', '{"versions": {}, "seconds": {}}'])
 def test_a_damaged_file_of_times_is_no_file(text):
     file = attention_times._path(attention_times.device_name(torch.device("cpu")))
-    file.parent.mkdir(parents=True)
     file.write_text(text)
     assert attention_times.measured(torch.device("cpu"), "any") == {}
+
+
+def test_tuning_measures_what_training_meets(on_gpu, monkeypatch):
+    """`fusekit bench --tune` on tiny shapes: each dtype, causal and not, where there is a choice."""
+    offer(monkeypatch, library())
+    out = io.StringIO()
+    found = tune_attention.run(
+        torch.device("cpu"), Console(file=out), shapes=((1, 2, 1, 40, 16), (1, 2, 2, 40, 20)),
+        clock=lambda run: 1e-4 if getattr(run, "func", None) is attention_choice._by else 2e-4,
+    )  # fmt: skip
+    assert [len(times) for times in found.values()] == 2 * [2, 2, 0, 0]  # 20 features are no multiple of 8
+    assert "float16 1x2/1x40x16 full: cuDNN 100 µs, own kernel 200 µs" in out.getvalue()
+    q, k, v = heads(40, 2, 16), heads(40, 1, 16), heads(40, 1, 16)
+    assert attention.runs_on(q, k, v, None, True) == "CPU C++ pass" or not cpu_library.multiplies()
+    assert choose(q, k, v, form(q, k, v, causal=True)).name == "cuDNN"
+
+
+def test_verify_measures_once_and_training_never(on_gpu, monkeypatch):
+    offer(monkeypatch, library())
+    measured = []
+    monkeypatch.setattr(attention_choice, "measure", lambda *args: measured.append(args) or {})
+    torch.manual_seed(0)
+    layer = Attend()
+    fusekit.optimize(layer)
+    x = torch.randn(2, 600, 32, requires_grad=True)
+    layer(x).sum().backward()
+    assert not measured
+    assert fusekit.verify(layer, x).ok
+    assert len(measured) == 1 and measured[0][0].shape == (2, 2, 600, 16)
 
 
 def test_nothing_is_measured_where_there_is_no_choice(on_gpu, monkeypatch):

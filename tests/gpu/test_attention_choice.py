@@ -42,7 +42,9 @@ def assert_parity(library: Library, args: tuple, dtype: torch.dtype) -> None:
 def test_our_backward_kernels_follow_a_librarys_output(dtype, causal):
     torch.manual_seed(0)
     q, k, v = heads(1, 70, 4, 32, dtype), heads(1, 70, 2, 32, dtype), heads(1, 70, 2, 32, dtype)
-    assert_parity(Library("stand-in", lambda *_: None, stand_in, lambda: None), (q, k, v, None, causal), dtype)
+    assert_parity(
+        Library("stand-in", lambda *_: None, stand_in, lambda: None), (q, k, v, None, causal), dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fusekit.kernels import attention_decode
 from fusekit.kernels.attention import OP
-from fusekit.kernels.attention_form import Form
 from fusekit.kernels.op import DTYPES
 from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
 
@@ -169,4 +168,5 @@ def test_what_the_ordinary_kernel_keeps(taken):
         (0, 150, ()),
     ):
         assert_parity((heads(1, Tq, 2, 16), heads(1, Tk, 1, 16), heads(1, Tk, 1, 16), *rest))
+    assert_parity((heads(1, 2, 4, 160), heads(1, 130, 1, 160), heads(1, 130, 1, 160)))  # float32, wide
     assert not taken
