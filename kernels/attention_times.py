@@ -99,7 +99,7 @@ def _path(name: str) -> Path:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in ("triton", "flash-attn", "fusekit-compiler"):
         try:
             found[package] = version(package)

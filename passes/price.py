@@ -121,6 +121,9 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
 def attention_runs_on(node: fx.Node) -> str:
     """Who computes a site of attention, and why, at the sizes it was captured with."""
 
+    args: Any
+    kwargs: Any
+
     def concrete(argument: Any) -> Any:
         value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
         if isinstance(value, Tensor):
