@@ -170,7 +170,8 @@ def _default(q: Tensor, k: Tensor, able: list[str]) -> Choice:
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
-    return _unknown(form) is None and attention_decode.takes(q, k, v, form)
+    few = q.shape[-2] <= attention_decode.MOST_QUERIES  # asked first: every training step comes by here
+    return few and _unknown(form) is None and attention_decode.takes(q, k, v, form)
 
 
 def _exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:

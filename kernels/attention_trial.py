@@ -9,6 +9,7 @@ the caller's (autograd's state, autocast, a tracing mode) must not decide its ou
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -60,16 +61,27 @@ def passes(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Te
 
 def _try(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Tensor]) -> str | None:
     try:
-        args = _arguments(kind)
-        eager, truth = results_and_grads(reference, args), results_and_grads(reference, widen(args))
-        results = results_and_grads(fused, args)
-        verdicts = check(results, eager, truth, dtype=kind[2], terms=longest_sum(args), inherent=True)
-        if wrong := next((v for v in verdicts if not v.ok), None):
-            return f"on a small call its {wrong.name.replace('_', ' ')} is wrong: {wrong.reason}"
-        return None if deterministic(fused, args, runs=2) else "two runs of it differ"
+        with _on(kind[1]):
+            return _judged(kind, fused, reference)
     except Exception as error:  # whatever it is, the library cannot be used
         text = str(error).strip().splitlines()
         return f"on a small call it fails: {type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A thread begins on the first GPU, whatever its starter's is."""
+    with_cuda = device.type == "cuda" and torch.backends.cuda.is_built()
+    return torch.cuda.device(device) if with_cuda else contextlib.nullcontext()
+
+
+def _judged(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Tensor]) -> str | None:
+    args = _arguments(kind)
+    eager, truth = results_and_grads(reference, args), results_and_grads(reference, widen(args))
+    results = results_and_grads(fused, args)
+    verdicts = check(results, eager, truth, dtype=kind[2], terms=longest_sum(args), inherent=True)
+    if wrong := next((v for v in verdicts if not v.ok), None):
+        return f"on a small call its {wrong.name.replace('_', ' ')} is wrong: {wrong.reason}"
+    return None if deterministic(fused, args, runs=2) else "two runs of it differ"
 
 
 def _arguments(kind: Kind) -> tuple[Any, ...]:

@@ -44,5 +44,7 @@ def _guard(one: Any, other: Any) -> None:
     """Equality of two sizes that are equal in this call; of a size and a number it makes a number of both."""
     if isinstance(one, SymInt) or isinstance(other, SymInt):
         values = [size.node.hint if isinstance(size, SymInt) else size for size in (one, other)]
-        if values[0] is not None and values[0] == values[1]:
+        if (
+            values[0] is not None and values[0] == values[1] != 1
+        ):  # a mask's 1 is repeated, whatever the other is
             bool(one == other)

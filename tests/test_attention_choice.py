@@ -95,6 +95,8 @@ class Attend(nn.Module):
 def fresh(tmp_path, monkeypatch):
     """No times, no trials and no plans of other tests."""
     monkeypatch.setattr(attention_times, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(attention_times, "device_name", lambda device: "test")
+    monkeypatch.setattr(attention_choice, "capability", lambda q: (9, 0))
     monkeypatch.setattr(attention_trial, "_outcomes", {})
     attention_times.forget()
     attention_choice._plans.held.clear()
@@ -337,6 +339,12 @@ def test_verify_measures_once_and_training_never(on_gpu, monkeypatch):
     assert not measured
     assert fusekit.verify(layer, x).ok
     assert len(measured) == 1 and measured[0][0].shape == (2, 2, 600, 16)
+    (site,) = (f for f in fusekit.explain(layer).fused if f.op == "attention")
+    assert site.implementation == "CPU flash"
+    monkeypatch.setattr(attention_choice, "on_gpu", lambda x: True)  # as its sites would be described there
+    assert [f.implementation for f in fusekit.explain(layer).fused if f.op == "attention"] == [
+        "own kernel: float32"
+    ]
 
 
 def test_nothing_is_measured_where_there_is_no_choice(on_gpu, monkeypatch):

@@ -77,6 +77,8 @@ def test_every_step_is_fused_and_few_are_captured(name, cache, padded, captures,
     report = fusekit.explain(model)
     assert not report.graph_breaks and not report.notes
     assert sites(model) == [2] * captures
+    running = {fusion.implementation for fusion in report.fused if fusion.op == "attention"}
+    assert running and all(name.startswith("CPU ") for name in running)
 
 
 def test_a_cache_of_another_kind_follows(any_size_pays) -> None:

@@ -158,15 +158,16 @@ def test_runs_are_bitwise_equal(taken):
 
 
 def test_what_the_ordinary_kernel_keeps(taken):
-    """More queries, few keys, keys that a window hides, dropout, and nothing to compute."""
+    """More queries, few keys, keys that a window hides, dropout, wide float32 heads, nothing to compute."""
     seed = torch.tensor([5]).to("cuda")
-    for Tq, Tk, rest in (
-        (17, 150, ()),
-        (1, 127, ()),
-        (1, 300, (*FAR, 100, 299)),
-        (1, 150, (None, False, None, 0.25, seed, 3)),
-        (0, 150, ()),
+    for Tq, Tk, D, rest in (
+        (17, 150, 16, ()),
+        (1, 127, 16, ()),
+        (1, 300, 16, (*FAR, 100, 299)),
+        (1, 150, 16, (None, False, None, 0.25, seed, 3)),
+        (2, 130, 160, ()),
+        (0, 150, 16, ()),
     ):
-        assert_parity((heads(1, Tq, 2, 16), heads(1, Tk, 1, 16), heads(1, Tk, 1, 16), *rest))
-    assert_parity((heads(1, 2, 4, 160), heads(1, 130, 1, 160), heads(1, 130, 1, 160)))  # float32, wide
+        args = (heads(1, Tq, 2, D), heads(1, Tk, 1, D), heads(1, Tk, 1, D), *rest)
+        torch.testing.assert_close(OP.fused(*args), OP.reference(*args), rtol=1e-4, atol=1e-5)
     assert not taken
