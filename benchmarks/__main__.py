@@ -2,7 +2,7 @@
 
 python -m benchmarks                       # or: fusekit bench
 python -m benchmarks --compare old.json new.json
-python -m benchmarks --tune                # measure the configurations of matrix products on this GPU
+python -m benchmarks --tune                # measure configurations of products, and who runs attention, here
 python -m benchmarks --report results.json # plots and the page anew, without measuring
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import tune
+from benchmarks import tune, tune_attention
 from benchmarks.device import device_at_hand, slug
 from benchmarks.kernels import comparison
 from benchmarks.kernels import run as kernel_run
@@ -85,6 +85,8 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     device = torch.device("cpu") if options.dry else device_at_hand(options.device)
     held = tune.run(device, options.out, console, minutes=options.minutes, only=options.only, dry=options.dry)
     failed = len(tune.failures(held))
+    if not options.dry and options.only is None:
+        tune_attention.run(device, console)
     console.print(
         f"{len(held['done'])} buckets measured, {len(held['shapes'])} in the table of {held['device']}, "
         f"{failed} candidates failed",
@@ -147,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare results; 1: something is slower",
     )
     add("--threshold", type=float, default=0.05, help="with --compare: smallest change (default 0.05)")
-    add("--tune", action="store_true", help="measure the configurations of matrix products, write the table")
+    add("--tune", action="store_true", help="measure matrix products and attention, write the tables")
     add("--only", help="with --tune: only buckets whose key contains this, such as 'half nt'")
     add("--dry", action="store_true", help="with --tune: predicted times and no GPU, to try it")
     add("--report", type=Path, metavar="RESULTS", help="write plots and page of a results file anew")

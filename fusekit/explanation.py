@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fusekit.passes.price import coverage
+from fusekit.passes.price import coverage, name_implementations
 from fusekit.report import Report
 from fusekit.session import session
 
@@ -17,6 +17,8 @@ def explain(model: nn.Module) -> Report:
     """
     opened = session(model)
     regions = [captured.region for captured in opened.regions]
+    for region in regions:
+        name_implementations(region)
     shares = [coverage(region) for region in regions]
     notes = [note for region in regions for note in region.notes]
     notes += [f"{f.location or 'a part of the model'} runs eagerly: {f.reason}" for f in opened.failures]

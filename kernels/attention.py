@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels import attention_blocked, attention_launch, attention_native, philox
+from fusekit.kernels import attention_blocked, attention_choice, attention_launch, attention_native, philox
 from fusekit.kernels.attention_form import UNBOUNDED, Form, band, pairs
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
@@ -90,7 +90,7 @@ def _drawn(seed: Tensor | None) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     form = Form(*settings)
     if on_gpu(q):
-        return attention_launch.forward(q, k, v, form)
+        return attention_choice.forward(q, k, v, form)
     if form.is_banded or form.softcap is not None or form.sinks is not None:
         return attention_blocked.forward(q, k, v, form)
     return attention_native.forward(q, k, v, *_native(form))
@@ -295,6 +295,20 @@ def flops(
     (B, H, Tq, D), Tk, DV = q.shape, k.shape[-2], v.shape[-1]
     window, offset = (*rest[5:7], None, 0)[:2] if len(rest) > 5 else (None, 0)
     return 2 * B * H * pairs(causal, window, offset, Tq, Tk) * (D + DV)
+
+
+def runs_on(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> str:
+    """Who computes this call and why, as "own kernel: window"; of tensors no values are looked at."""
+    return attention_choice.describe(q, k, v, _settings(q, k, v, *args, **kwargs))
+
+
+def measure(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, clock: Any = None, **kwargs: Any
+) -> dict[str, float]:
+    """Seconds of whoever may compute this call on its GPU, kept for later calls; empty without a choice."""
+    if not on_gpu(q):
+        return {}
+    return attention_choice.measure(q, k, v, _settings(q, k, v, *args, **kwargs), clock)
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:

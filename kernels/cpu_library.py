@@ -89,7 +89,7 @@ def _built() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _library(compiler: str) -> Path:
     sources = sorted(SOURCES.glob("*.cpp"))
-    path = _cache_folder() / f"cpu-{_fingerprint(compiler)}.so"
+    path = cache_folder() / f"cpu-{_fingerprint(compiler)}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,8 @@ def _openmp() -> list[str]:
     return [str(shipped[0])] if shipped else ["-fopenmp"]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where fusekit keeps what it builds and measures on a machine."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fusekit"
 

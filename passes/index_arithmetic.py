@@ -67,7 +67,9 @@ def element(node: Any, index: Index) -> Value:
 
 
 def _operand(node: Any, index: Index) -> Value:
-    return element(node, aligned(node, index)) if isinstance(node, fx.Node) else element(node, index)
+    """An operand that broadcasts; a number of the graph's own, such as the length of a cache, is not read."""
+    tensor = isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
+    return element(node, aligned(node, index) if tensor else index)
 
 
 def _arange(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:

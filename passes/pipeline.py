@@ -10,6 +10,7 @@ from fusekit.passes.autocast import materialise_autocast
 from fusekit.passes.emit import emit
 from fusekit.passes.fuse import fuse
 from fusekit.passes.invariants import Snapshot
+from fusekit.passes.lengths import equate_lengths
 from fusekit.passes.logits import drop_logits
 from fusekit.passes.normalise import normalise
 from fusekit.passes.precision import place_casts
@@ -21,6 +22,7 @@ PIPELINE: list[tuple[str, Callable[[Region], None]]] = [
     ("autocast", materialise_autocast),  # what autocast would cast becomes nodes, which the rules can see
     ("normalise", normalise),            # one spelling per meaning
     ("logits", drop_logits),             # out of the results, where the caller promised not to read them
+    ("lengths", equate_lengths),         # sizes that attention takes for granted, as guards
     ("fuse", fuse),                      # RULES, most nodes first
     ("projections", decline_projections),  # undo those of qkv_linear that do not pay
     ("precision", place_casts),          # after fusing: fused ops keep float32 inside

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels import attention
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.op import LOW_PRECISION
 from fusekit.passes import cost
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import Cost, bytes_of, device_of, node_cost, roofline
-from fusekit.passes.propagate import complete, tensors_of
+from fusekit.passes.propagate import complete, faking, tensors_of
 from fusekit.passes.region import Fusion, Region
 
 LEAST_GAIN = 0.9  # estimated gains below this are reverted
@@ -28,7 +29,7 @@ LEAST_GAIN = 0.9  # estimated gains below this are reverted
 CPU_PATHS = {
     "add_layer_norm": (1.0, "aten"),
     "add_rms_norm": (0.5, "aten"),
-    "attention": (0.0, "cpu flash"),
+    "attention": (0.0, ""),
     "gated_mlp": (0.5, "onednn"),
     "linear_act": (1.0, "onednn"),
     "linear_cross_entropy": (0.0, "chunks"),
@@ -101,6 +102,8 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     replaced, started = _replaced_cost(node)
     ends = bytes_of(_inputs(node)) + bytes_of(tensors_of(value))
     remaining, fusion.implementation = CPU_PATHS[fusion.op] if kind == "cpu" else (0.0, "triton")
+    if fusion.op == "attention":
+        fusion.implementation = attention_runs_on(node)
     if fusion.op == "linear_fp8":
         return _estimate_fp8(node, replaced, started)
     moved = ends + int(remaining * max(0, replaced.bytes - ends))
@@ -113,6 +116,32 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     eager = replaced.seconds + started * cost.EAGER_OVERHEAD[kind]
     fusion.estimated_gain = eager / seconds if seconds else 1.0
     return eager, seconds
+
+
+def attention_runs_on(node: fx.Node) -> str:
+    """Who computes a site of attention, and why, at the sizes it was captured with."""
+
+    args: Any
+    kwargs: Any
+
+    def concrete(argument: Any) -> Any:
+        value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
+        if isinstance(value, Tensor):
+            size, stride = tuple(map(cost.hint, value.shape)), tuple(map(cost.hint, value.stride()))
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+        return cost.hint(value) if isinstance(value, torch.SymInt) else value
+
+    with faking(node):
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), concrete)
+        return attention.runs_on(*args, **kwargs)
+
+
+def name_implementations(region: Region) -> None:
+    """Say anew who runs each site of attention: a trial or a measurement may have changed it."""
+    for module in bodies(region.module):
+        for node in _fused(module):
+            if node.meta["fusion"].op == "attention":
+                node.meta["fusion"].implementation = attention_runs_on(node)
 
 
 def _estimate_fp8(node: fx.Node, replaced: Cost, started: int) -> tuple[float, float]:

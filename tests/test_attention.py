@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusekit.kernels import attention_native, philox
+from fusekit.kernels import attention_cpu, attention_native, philox
 from fusekit.kernels.attention import OP
 from fusekit.kernels.op import DTYPES
 from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
@@ -68,6 +68,26 @@ def test_flash_and_the_composed_path_agree(kv_heads, monkeypatch):
     for name, result in flash.items():
         torch.testing.assert_close(result, composed[name], rtol=1e-4, atol=1e-5)
         assert result.stride() == composed[name].stride(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", [None, "padding", "added", "of one head"])
+def test_one_query_reads_shared_keys_once(mask, dtype, monkeypatch):
+    """The heads of a group become rows, unless their masks differ; as every call, in eager's layout."""
+    q, k, v = heads(2, 1, 6, 24, dtype), heads(2, 90, 2, 24, dtype), heads(2, 90, 2, 24, dtype)
+    masks = {
+        "padding": (torch.arange(90) >= torch.tensor([0, 33])[:, None])[:, None, None, :],
+        "added": torch.randn(1, 90).to(dtype),
+        "of one head": torch.rand(2, 6, 1, 90) < 0.5,
+    }
+    queries, takes = [], attention_cpu.takes
+    monkeypatch.setattr(
+        attention_cpu, "takes", lambda q, *args: queries.append(q.shape[2]) or takes(q, *args)
+    )
+    fused = assert_parity((q, k, v, masks.get(mask)), dtype)
+    assert {*queries} == ({1} if mask == "of one head" else {3})
+    assert fused["output"].stride() == q.stride() == fused["grad_0"].stride()
+    assert all(fused[f"grad_{i}"].transpose(1, 2).is_contiguous() for i in (1, 2))
 
 
 def test_agrees_with_torch_on_layout_and_values():

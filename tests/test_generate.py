@@ -1,4 +1,4 @@
-"""`model.generate` of an optimised Hugging Face model: the same greedy tokens as eager, whatever is fused."""
+"""`model.generate` of an optimised Hugging Face model: eager's tokens, every step fused, few captures."""
 
 from __future__ import annotations
 
@@ -6,27 +6,136 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fusekit
+from fusekit.passes import price
+from fusekit.session import session
 
 transformers = pytest.importorskip("transformers")
 
+PROMPT, NEW = 7, 6
 
-@pytest.mark.parametrize("name, extra", [("Llama", {}), ("Mistral", {"sliding_window": 4})])
-def test_greedy_tokens_are_those_of_eager(name: str, extra: dict[str, Any]) -> None:
-    """A cache that grows, left padding, and a window that the tokens leave."""
+
+@pytest.fixture(autouse=True)
+def _no_sizes_remembered() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def any_size_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models here are so small that starting an op costs more than it saves."""
+    monkeypatch.setattr(price, "LEAST_GAIN", 0.0)
+    monkeypatch.setattr(price, "_declined", lambda node: None)
+
+
+def language_model(name: str) -> nn.Module:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, **extra,
-    )  # fmt: skip
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    tokens = torch.randint(3, 96, (2, 7))
+    tokens = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    if name == "GPT2":
+        sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **tokens)).eval()
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    own = {"Mistral": {"sliding_window": 4}, "Qwen3": {"head_dim": 16}}.get(name, {})
+    config = getattr(transformers, f"{name}Config")(**sizes, **tokens, **own)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def prompt(padded: bool) -> dict[str, Any]:
+    tokens = torch.randint(3, 96, (2, PROMPT), generator=torch.Generator().manual_seed(1))
     padding = torch.ones_like(tokens)
-    padding[0, :3] = 0
-    options = {"attention_mask": padding, "max_new_tokens": 5, "do_sample": False}
-    expected = model.generate(tokens, **options)
+    padding[0, : 3 * padded] = 0
+    return {"input_ids": tokens, "attention_mask": padding, "do_sample": False}
+
+
+def sites(model: nn.Module) -> list[int]:
+    """Fused sites of attention, graph by graph."""
+    regions = [captured.region for captured in session(model).regions]
+    return [sum(fusion.op == "attention" for fusion in region.fusions) for region in regions]
+
+
+# Captures: the prompt; one token behind a cache of that length; one token behind a cache of any length.
+@pytest.mark.parametrize(
+    "name, cache, padded, captures",
+    [
+        ("Llama", None, True, 3),
+        ("Llama", "static", True, 2),
+        ("Mistral", None, True, 3),  # a window that the tokens leave
+        ("Qwen3", None, False, 3),
+        ("GPT2", None, True, 3),
+    ],
+)
+def test_every_step_is_fused_and_few_are_captured(name, cache, padded, captures, any_size_pays) -> None:
+    model = language_model(name)
+    options = prompt(padded) | ({"cache_implementation": cache} if cache else {})
+    expected = model.generate(**options, max_new_tokens=3 * NEW)
     fusekit.optimize(model)
-    assert torch.equal(model.generate(tokens, **options), expected)
+    assert torch.equal(model.generate(**options, max_new_tokens=3 * NEW), expected)
     report = fusekit.explain(model)
-    assert any(fusion.op == "attention" for fusion in report.fused) and not report.graph_breaks
+    assert not report.graph_breaks and not report.notes
+    assert sites(model) == [2] * captures
+    running = {fusion.implementation for fusion in report.fused if fusion.op == "attention"}
+    assert running and all(name.startswith("CPU ") for name in running)
+
+
+def test_a_cache_of_another_kind_follows(any_size_pays) -> None:
+    """Dynamo remembers sizes that varied: values' of any length beside keys' of one length."""
+    model = language_model("Llama")
+    options = prompt(False)
+    expected = model.generate(**options, max_new_tokens=NEW)
+    fusekit.optimize(model)
+    assert torch.equal(model.generate(**options, max_new_tokens=NEW), expected)
+    static = {"cache_implementation": "static"}
+    assert torch.equal(model.generate(**options, **static, max_new_tokens=NEW), expected)
+    assert set(sites(model)) == {2} and len(sites(model)) <= 5
+
+
+def test_what_does_not_pay_is_left_as_it_was_with_the_same_tokens() -> None:
+    model = language_model("Llama")
+    expected = model.generate(**prompt(True), max_new_tokens=NEW)
+    fusekit.optimize(model)
+    assert torch.equal(model.generate(**prompt(True), max_new_tokens=NEW), expected)
+    assert len(session(model).regions) == 3 and not fusekit.explain(model).notes
+
+
+class Cached(nn.Module):
+    """Attention to a cache that somebody else keeps."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+
+def heads(length: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 4, length, 16)
+
+
+def test_lengths_of_a_cache_are_guarded_as_one(any_size_pays) -> None:
+    model = fusekit.optimize(Cached().eval())
+    q = heads(1)
+    for length in range(40, 46):
+        k, v, mask = heads(length), heads(length), torch.rand(2, 1, 1, length) < 0.8
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(model(q, k, v, mask), expected)
+    assert sites(model) == [1, 1]
+
+
+def test_a_mask_that_is_repeated_along_a_size_that_varies(any_size_pays) -> None:
+    """A mask of each sequence, then one of all: sizes that happened to be equal are not taken for equal."""
+    model = fusekit.optimize(Cached().eval(), dynamic=True)
+    for batch, rows in ((2, 2), (3, 3), (3, 1), (4, 1)):
+        q, k, v = heads(1, batch), heads(40, batch), heads(40, batch)
+        mask = torch.rand(rows, 1, 1, 40) < 0.8
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(model(q, k, v, mask), expected)
+
+
+def test_keys_and_values_of_different_lengths_do_as_in_eager(any_size_pays) -> None:
+    """On a CPU torch overlooks values too many; whatever it does, it is not taken for attention."""
+    model = fusekit.optimize(Cached().eval(), dynamic=True)
+    model(heads(1), heads(40), heads(40))
+    q, k, v = heads(1), heads(40), heads(41)
+    assert torch.equal(model(q, k, v), Cached()(q, k, v))
+    assert sites(model) == [1, 0]

@@ -356,7 +356,8 @@ def test_every_op_is_compiled_in_every_dtype():
     for s in found.values():
         pointers[s.module] |= set(s.signature.values())
     assert len(pointers) >= 3
-    for module in ("add_layer_norm", "add_rms_norm", "attention_kernels", "gemm_kernels"):
+    modules = ("add_layer_norm", "add_rms_norm", "attention_decode", "attention_kernels", "gemm_kernels")
+    for module in modules:
         assert {"*fp32", "*fp16", "*bf16"} <= pointers[f"fusekit.kernels.{module}"]
     assert any(s.bench for s in found.values()) and not all(s.bench for s in found.values())
     json.dumps([s.constexprs for s in found.values()])

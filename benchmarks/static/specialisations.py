@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.static import products
+from benchmarks.static import decoding, products
 from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.op import DTYPES, Op
@@ -146,7 +146,7 @@ def forward_and_backward(op: Op, args: tuple[Any, ...]) -> None:
 
 
 def collect() -> dict[str, Specialisation]:
-    """Every specialisation that a sample of an op or a row of a table needs, by key."""
+    """Every specialisation that a sample of an op, a row of a table or a decoding step needs, by key."""
     found: dict[str, Specialisation] = {}
     with FakeTensorMode():
         for op in (*OPS.values(), *FP8_OPS.values()):
@@ -160,6 +160,9 @@ def collect() -> dict[str, Specialisation]:
             for dtype in products.dtypes(row):
                 for start in products.launches(row, target, dtype):
                     _add(found, specialise(start), target)
+        for target in ALL_TARGETS:
+            for start in decoding.launches(target):
+                _add(found, specialise(start), target)
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
+from fusekit.passes import price
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,25 @@ def test_a_tiny_gpt_trains_as_eager_does(precision: str, tolerance: float) -> No
         assert abs(got - want) <= tolerance * abs(want)
     for (name, want), got in zip(eager.named_parameters(), fused.parameters(), strict=True):
         assert (got - want).norm() <= 10 * tolerance * want.norm(), name
+
+
+class Cached(nn.Module):
+    """A decoding step: one query, keys that four heads share, and a mask of what is padding."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def test_a_growing_cache_meets_the_decoding_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(price, "LEAST_GAIN", 0.0)  # so short a step pays only beside repeated keys
+    torch.manual_seed(0)
+    model = fusekit.optimize(Cached().eval(), remainder="eager")
+    q = torch.randn(2, 1, 8, 16).to("cuda").transpose(1, 2)
+    for length in range(140, 144):
+        k, v = (torch.randn(2, 2, length, 16).to("cuda") for _ in range(2))
+        mask = (torch.arange(length) >= torch.tensor([0, 70])[:, None])[:, None, None].to("cuda")
+        torch.testing.assert_close(model(q, k, v, mask), Cached()(q, k, v, mask), rtol=1e-5, atol=1e-5)
+    report = fusekit.explain(model)
+    assert report.graphs == 2, str(report)
+    running = {fusion.implementation for fusion in report.fused}
+    assert running == {"own decoding kernel: few queries, their keys in parts"}, str(report)

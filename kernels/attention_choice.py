@@ -1,0 +1,232 @@
+"""Who computes attention's forward pass on a GPU, and why: own kernels, or a library where it is the fastest.
+
+The backward pass is always our own, from the output and the log sum exp of whoever ran: exact and in a fixed
+order. In this order:
+
+    few queries and many keys           the decoding kernels
+    no library computes this exactly    the own kernel
+    measured on this device             the fastest of those that do
+    not measured                        DEFAULTS, from published figures, else the own kernel
+
+A library must have passed its trial (attention_trial.py) on this machine. Nothing is measured in a training
+step: `measure` is called by `fusekit bench --tune` and by `verify`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels import (
+    attention_decode,
+    attention_launch,
+    attention_native,
+    attention_times,
+    attention_trial,
+)
+from fusekit.kernels.attention_form import Form
+from fusekit.kernels.attention_libraries import LIBRARIES, Library, beyond_libraries
+from fusekit.kernels.attention_tiles import LOG2E
+from fusekit.kernels.config_table import target_of
+from fusekit.kernels.launch import Plans, capability, on_gpu, recording
+
+OWN, DECODING = "own kernel", "own decoding kernel"
+# Published forward figures (H100, 512 to 16384 tokens, 64 and 128 features): cuDNN before a Triton kernel and
+# FlashAttention-2. Of other architectures, of flash-attn there and of short lengths nothing is known.
+DEFAULTS = {"sm_90": ("cuDNN",)}
+LEAST_LENGTH = 512
+# The fields of a form that are dealt with here; one that is set and unknown stays with the own kernel.
+KNOWN = frozenset(
+    [
+        "mask",
+        "causal",
+        "scale",
+        "dropout",
+        "seed",
+        "seed_offset",
+        "tf32",
+        "window",
+        "offset",
+        "softcap",
+        "sinks",
+    ]
+)
+
+
+class Choice(NamedTuple):
+    """Who runs a call, and why, in words."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" if self.reason else self.name
+
+
+class _Forced(threading.local):
+    """On the thread of a trial: the library that computes, whatever it may take."""
+
+    library: Library | None = None
+
+
+_plans, _forced = Plans(), _Forced()
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats as attention_kernels.py defines them."""
+    if _forced.library is not None:
+        return _by(_forced.library, q, k, v, form)
+    if _decodes(q, k, v, form):
+        return attention_decode.forward(q, k, v, form)
+    if not recording():
+        library = _library(choose(q, k, v, form).name)
+        if library is not None and _proved(library, q, k, v, form):
+            return _by(library, q, k, v, form)
+    return attention_launch.forward(q, k, v, form)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Choice:
+    """Who runs this call on a GPU; of the tensors only shapes, strides, dtypes and device are looked at."""
+    if _decodes(q, k, v, form):
+        return Choice(DECODING, "few queries, their keys in parts")
+    absent = tuple(library.absent() for library in LIBRARIES)
+    settings = tuple(value.dtype if isinstance(value, Tensor) else value for value in form)
+    strides = tuple(x.stride(-1) == 1 for x in (q, k, v))
+    call = (q.dtype, q.device, q.shape, k.shape, v.shape, strides, settings, absent)
+    return _plans(call, lambda: _decide(q, k, v, form, absent))
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
+    """Who runs this call on its device, and why, for a report."""
+    return str(choose(q, k, v, form)) if on_gpu(q) else f"CPU {attention_native.path(q, k, v, form)}"
+
+
+def measure(
+    q: Tensor, k: Tensor, v: Tensor, form: Form, clock: Callable[[Callable[[], object]], float] | None = None
+) -> dict[str, float]:
+    """Time the own kernel and every library that may take this call, and keep what was found.
+
+    clock: clock(run) -> seconds of a call; None for the GPU's own. Returns seconds by name; empty where there
+    is no choice.
+    """
+    if _decodes(q, k, v, form) or _exclusive(q, k, v, form) is not None:
+        return {}
+    clock = clock or attention_times.seconds
+    able = [x for x in LIBRARIES if x.absent() is None and x.unfit(q, k, v, form) is None]
+    able = [library for library in able if _proved(library, q, k, v, form)]
+    if not able:
+        return {}
+    with torch.no_grad():
+        times = {OWN: clock(partial(attention_launch.forward, q, k, v, form))}
+        times |= {library.name: clock(partial(_by, library, q, k, v, form)) for library in able}
+    attention_times.record(q.device, attention_times.key(q, k, v, form), times)
+    _plans.held.clear()
+    return times
+
+
+def _decide(q: Tensor, k: Tensor, v: Tensor, form: Form, absent: tuple[str | None, ...]) -> Choice:
+    unfit = _exclusive(q, k, v, form)
+    reasons = [unfit or library.unfit(q, k, v, form) for library in LIBRARIES]
+    if all(reasons):
+        return Choice(OWN, next(filter(None, reasons), ""))
+    able, refused = [], ""
+    for library, reason, missing in zip(LIBRARIES, reasons, absent, strict=True):
+        if reason is not None:
+            continue
+        why = missing or attention_trial.outcome(attention_trial.kind_of(library.name, q, k, v, form))
+        if why is None:
+            able.append(library.name)
+        refused = refused or f"{library.name}: {why}"
+    if not able:
+        return Choice(OWN, refused)
+    return _measured(q, k, v, form, able) or _default(q, k, able)
+
+
+def _measured(q: Tensor, k: Tensor, v: Tensor, form: Form, able: list[str]) -> Choice | None:
+    """The fastest, where it was measured whether that is a library."""
+    found = attention_times.measured(q.device, attention_times.key(q, k, v, form))
+    times = {name: taken for name, taken in found.items() if name in (OWN, *able)}
+    if OWN not in times or len(times) == 1:
+        return None
+    best = min(times, key=times.__getitem__)
+    others = (f"{name} {taken * 1e6:.0f}" for name, taken in times.items() if name != best)
+    return Choice(best, f"measured {times[best] * 1e6:.0f} µs, {', '.join(others)}")
+
+
+def _default(q: Tensor, k: Tensor, able: list[str]) -> Choice:
+    target = target_of(capability(q))
+    default = next((name for name in DEFAULTS.get(target, ()) if name in able), None)
+    if default is None:
+        return Choice(OWN, f"not measured against {', '.join(able)}: fusekit bench --tune does")
+    if min(q.shape[-2], k.shape[-2]) < LEAST_LENGTH:
+        return Choice(OWN, f"fewer than {LEAST_LENGTH} tokens, and not measured")
+    return Choice(default, f"static default on {target}")
+
+
+def _decodes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
+    few = q.shape[-2] <= attention_decode.MOST_QUERIES  # asked first: every training step comes by here
+    return few and _unknown(form) is None and attention_decode.takes(q, k, v, form)
+
+
+def _exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
+    """Why nobody but the own kernel computes this."""
+    return _unknown(form) or beyond_libraries(q, k, v, form)
+
+
+def _unknown(form: Form) -> str | None:
+    given = form._asdict().items()
+    return next((name for name, value in given if name not in KNOWN and value not in (None, False)), None)
+
+
+def _by(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """The library's results in the layout and the units of ours."""
+    (B, H, Tq, _), DV = q.shape, v.shape[-1]
+    found, lse = library.run(q, k, v, form)
+    out = q.new_empty((B, Tq, H, DV)).transpose(1, 2)
+    stats = (lse.to(torch.float32) * LOG2E).reshape(1, B, H, Tq)
+    return found if found.stride() == out.stride() else out.copy_(found), stats
+
+
+def _library(name: str) -> Library | None:
+    return next((library for library in LIBRARIES if library.name == name), None)
+
+
+def _proved(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
+    kind = attention_trial.kind_of(library.name, q, k, v, form)
+    if not attention_trial.was_tried(kind) and _capturing():
+        return False  # a trial waits for the device, which a CUDA graph must not hold
+    if attention_trial.passes(kind, partial(_forcing, library), _reference):
+        return True
+    _plans.held.clear()  # the next call chooses without it
+    return False
+
+
+def _capturing() -> bool:
+    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+
+
+def _forcing(library: Library, *args: object) -> Tensor:
+    with forced(library):
+        return torch.ops.fusekit.attention(*args)
+
+
+def _reference(*args: object) -> Tensor:
+    from fusekit.kernels.attention import reference  # which imports this module
+
+    return reference(*args)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def forced(library: Library) -> Iterator[None]:
+    """Have this library compute on this thread, whatever it may take."""
+    before, _forced.library = _forced.library, library
+    try:
+        yield
+    finally:
+        _forced.library = before

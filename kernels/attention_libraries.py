@@ -1,0 +1,165 @@
+"""Libraries that compute attention's forward pass on a GPU, and which calls each may take.
+
+A library takes a call only where its documentation says that it computes the same function; what it says
+nothing of, our own kernel keeps. In particular
+    dropout     draws other numbers than Philox does in our backward kernels;
+    masks       a row without keys is zero here, and not everywhere;
+    causal      is aligned to the first key in ours, to the last in flash-attn, and torch refuses lengths that
+                differ: equal lengths are the same either way;
+    backward    is never the library's: torch's flash and memory-efficient gradients are summed with atomics,
+                cuDNN's are ordered on request only, and torch does not pass it on. Our own backward kernels
+                need the output and each row's log sum exp, which every library returns.
+Whether a library keeps its word on this machine is tried once: attention_trial.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels.attention_form import Form
+from fusekit.kernels.op import LOW_PRECISION
+
+aten = torch.ops.aten
+Result = tuple[Tensor, Tensor]
+
+
+class Library(NamedTuple):
+    """unfit: None, or why it may not take this call. run: out (B, H, Tq, D) in any strides, and each row's
+    natural log sum exp, (B, H, Tq) float32. absent: None, or why it cannot be called at all."""
+
+    name: str
+    unfit: Callable[[Tensor, Tensor, Tensor, Form], str | None]
+    run: Callable[[Tensor, Tensor, Tensor, Form], Result]
+    absent: Callable[[], str | None]
+
+
+def beyond_libraries(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
+    """What no library computes as `attention` defines it, in a word or two."""
+    if form.dropout > 0.0:
+        return "dropout"
+    if form.sinks is not None:
+        return "sinks"
+    if form.mask is not None:
+        return "boolean mask" if form.mask.dtype == torch.bool else "additive mask"
+    if q.dtype not in LOW_PRECISION:
+        return "float32"
+    if q.shape[-1] != v.shape[-1]:
+        return "values of another width"
+    if 0 in (q.numel(), k.numel()) or any(x.stride(-1) != 1 for x in (q, k, v)):
+        return "strides"
+    return None
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, form: Form, most: int) -> str | None:
+    if form.softcap is not None:
+        return "capped scores"
+    if form.window is not None:
+        return "window"
+    if form.causal and (form.offset != 0 or q.shape[-2] != k.shape[-2]):
+        return "causal with an offset" if form.offset else "causal over lengths that differ"
+    return _width(q, most)
+
+
+def _width(q: Tensor, most: int) -> str | None:
+    features = q.shape[-1]
+    return f"heads of {features} features" if features % 8 or features > most else None
+
+
+def _ungrouped(q: Tensor, k: Tensor) -> str | None:
+    """torch's operator for it wants heads repeated, which costs the memory that sharing saves."""
+    return None if q.shape[1] == k.shape[1] else "shared key heads"
+
+
+def _cudnn_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
+    return _plain(q, k, v, form, most=128)
+
+
+def _flash_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
+    return _plain(q, k, v, form, most=256)
+
+
+def _efficient_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
+    return _ungrouped(q, k) or _plain(q, k, v, form, most=256)
+
+
+def _package_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
+    """flash-attn aligns the last query with the last key, and a window with both."""
+    aligned = form.offset == k.shape[-2] - q.shape[-2]
+    if form.is_banded and not (form.causal and aligned):
+        return "a window around its queries" if not form.causal else "an offset that is not the cache's"
+    if form.causal and not aligned:
+        return "causal over lengths that differ"
+    if form.causal and q.shape[-2] > k.shape[-2]:
+        return "queries before the first key"
+    return _width(q, most=256)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
+    run = aten._scaled_dot_product_cudnn_attention.default
+    out, lse, *_ = run(q, k, v, None, True, 0.0, form.causal, scale=form.scale)
+    return out, lse.reshape(q.shape[:-1])  # one more dimension of one
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
+    run = aten._scaled_dot_product_flash_attention.default
+    padding = -q.shape[-1] % 8
+    assert padding == 0, "unfit() says so: torch pads what is no multiple of 8 above this operator"
+    out, lse, *_ = run(q, k, v, 0.0, form.causal, scale=form.scale)
+    return out, lse[..., : q.shape[-2]]
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
+    run = aten._scaled_dot_product_efficient_attention.default
+    out, lse, *_ = run(q, k, v, None, True, 0.0, form.causal, scale=form.scale)
+    return out, lse[..., : q.shape[-2]]  # padded to whole blocks of queries
+
+
+def _package(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    window = (-1 if form.window is None else form.window - 1, 0 if form.window is not None else -1)
+    out, lse, _ = flash_attn_func(
+        *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=form.scale, causal=form.causal,
+        window_size=window, softcap=form.softcap or 0.0, return_attn_probs=True,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def _cudnn_absent() -> str | None:
+    if not torch.backends.cudnn.is_available():
+        return "this PyTorch has no cuDNN"
+    return None if torch.backends.cuda.cudnn_sdp_enabled() else "switched off in torch.backends.cuda"
+
+
+def _flash_absent() -> str | None:
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this PyTorch has no flash attention"
+    return None if torch.backends.cuda.flash_sdp_enabled() else "switched off in torch.backends.cuda"
+
+
+def _efficient_absent() -> str | None:
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch has no CUDA"
+    return None if torch.backends.cuda.mem_efficient_sdp_enabled() else "switched off in torch.backends.cuda"
+
+
+@functools.cache
+def _package_absent() -> str | None:
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch has no CUDA"
+    return None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed"
+
+
+# In the order in which they are preferred where nothing was measured.
+LIBRARIES = (
+    Library("cuDNN", _cudnn_unfit, _cudnn, _cudnn_absent),
+    Library("flash-attn", _package_unfit, _package, _package_absent),
+    Library("SDPA flash", _flash_unfit, _flash, _flash_absent),
+    Library("SDPA memory-efficient", _efficient_unfit, _efficient, _efficient_absent),
+)

@@ -1,0 +1,173 @@
+"""The decoding kernels, on a GPU or in the sanitizer: parts of the keys joined, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusekit.kernels import attention_decode
+from fusekit.kernels.attention import OP
+from fusekit.kernels.op import DTYPES
+from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
+
+FAR = (None, True, None, 0.0, None, 0, False)  # mask to tf32, in front of window, offset, softcap and sinks
+
+
+def heads(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, H, T, D) in the memory of (B, T, H, D), as a model makes it."""
+    return torch.randn(B, T, H, D).to("cuda", dtype).transpose(1, 2).requires_grad_()
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[int]:
+    """Parts of every call of the decoding kernels."""
+    calls = []
+    forward = attention_decode.forward
+
+    def counted(q, k, v, form):
+        calls.append(attention_decode.split(q, k, v, form).parts)
+        return forward(q, k, v, form)
+
+    monkeypatch.setattr(attention_decode, "forward", counted)
+    return calls
+
+
+def assert_parity(args: tuple, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    truth = results_and_grads(OP.reference, widen(args))
+    eager = results_and_grads(OP.reference, args)
+    fused = results_and_grads(OP.fused, args)
+    verdicts = check(fused, eager, truth, dtype=dtype, terms=longest_sum(args), inherent=True)
+    assert all(v.ok for v in verdicts), verdicts
+    return fused
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_query_of_grouped_heads(dtype, taken):
+    args = (heads(2, 1, 6, 40, dtype), heads(2, 200, 2, 40, dtype), heads(2, 200, 2, 40, dtype))
+    assert_parity(args, dtype)
+    assert taken and taken[0] > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gives_the_ordinary_kernels_output_and_stats(dtype, taken, monkeypatch):
+    """So that its backward kernels follow: the same two results, to their rounding."""
+    q, k, v = heads(1, 3, 4, 64, dtype), heads(1, 150, 2, 64, dtype), heads(1, 150, 2, 64, dtype)
+    for mask in (None, torch.randn(4, 3, 150).to("cuda", dtype)):
+        args = (q, k, v, mask, False, 0.125, 0.0, None, 0, False, None, 0, None, None)
+        split = torch.ops.fusekit.attention_forward(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_decode, "takes", lambda *args: False)
+            whole = torch.ops.fusekit.attention_forward(*args)
+        for ours, theirs in zip(split, whole, strict=True):
+            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            assert ours.stride() == theirs.stride()
+        tolerance = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(split[0], whole[0], **tolerance)
+        torch.testing.assert_close(split[1], whole[1])  # log2 sums, and largest scores beside a bias
+    assert len(taken) == 2
+
+
+def test_padding_of_a_batch_and_a_row_without_keys(taken):
+    q, k, v = heads(3, 1, 4, 32), heads(3, 170, 1, 32), heads(3, 170, 1, 32)
+    padding = (torch.arange(170) >= torch.tensor([0, 155, 170])[:, None])[:, None, None, :].to("cuda")
+    fused = assert_parity((q, k, v, padding))
+    assert torch.equal(fused["output"][2], torch.zeros(4, 1, 32).to("cuda"))
+    assert all(torch.equal(fused[f"grad_{i}"][2], torch.zeros_like(fused[f"grad_{i}"][2])) for i in range(3))
+    assert taken[0] > 2  # parts of which some hold padding alone
+
+
+def test_additive_mask_of_each_head_and_rows_of_finfo_min(taken):
+    q, k, v = heads(1, 2, 4, 16), heads(1, 140, 2, 16), heads(1, 140, 2, 16)
+    mask = torch.randn(1, 4, 2, 140).to("cuda")
+    mask[:, 1] = torch.finfo(torch.float32).min
+    mask[:, 2, 1] = float("-inf")
+    mask[:, 3, :, 70:] = float("-inf")
+    fused = assert_parity((q, k, v, mask.requires_grad_()))
+    torch.testing.assert_close(fused["output"][0, 1, 0], v.detach()[0, 0].mean(0))
+    assert torch.equal(fused["output"][0, 2, 1], torch.zeros(16).to("cuda"))
+    assert taken
+
+
+@pytest.mark.parametrize(
+    "dtype, Tq, window",
+    [
+        (torch.float32, 5, None),
+        (torch.float32, 7, 131),
+        (torch.float16, 1, None),
+        (torch.float16, 1, 130),
+        (torch.float16, 7, 131),
+    ],
+)
+def test_bands_of_a_cache(dtype, Tq, window, taken):
+    """The last query stands beside the last key; a window's parts hold no key that nobody sees.
+
+    In float32 with several queries: all of one row's P share the rounding of its sum, here as in the ordinary
+    kernel, and the criterion takes the shared error of two rows for a bias.
+    """
+    Tk = 333
+    q, k, v = heads(1, Tq, 4, 32, dtype), heads(1, Tk, 1, 32, dtype), heads(1, Tk, 1, 32, dtype)
+    assert_parity((q, k, v, *FAR, window, Tk - Tq), dtype)
+    block = 16 if dtype == torch.float32 else 64
+    first = 0 if window is None else (Tk - Tq - window + 1) // block * block
+    assert taken[0] >= 3 and taken[0] <= -(-(Tk - first) // block)
+
+
+def test_capped_scores_with_padding(taken):
+    q, k, v = heads(2, 1, 4, 32), heads(2, 150, 2, 32), heads(2, 150, 2, 32)
+    padding = (torch.arange(150) >= torch.tensor([0, 70])[:, None])[:, None, None, :].to("cuda")
+    for softcap in (0.5, 50.0):
+        assert_parity((q, k, v, padding, False, *FAR[2:], None, 0, softcap))
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sinks_and_their_gradient(dtype, taken):
+    q, k, v = heads(2, 1, 4, 16, dtype), heads(2, 150, 2, 16, dtype), heads(2, 150, 2, 16, dtype)
+    sinks = torch.tensor([0.5, -2.0, 3.0, float("-inf")]).to("cuda", dtype).requires_grad_()
+    padding = (torch.arange(150) >= torch.tensor([0, 150])[:, None])[:, None, None, :].to("cuda")
+    assert_parity((q, k, v, padding, False, *FAR[2:], None, 0, None, sinks), dtype)
+    assert taken
+
+
+def test_more_rows_than_a_tile_and_a_wider_value(taken):
+    """12 heads of 11 queries share a key head: rows of five tiles; strides of a packed cache."""
+    cache = torch.randn(2, 140, 2, 48).to("cuda", torch.bfloat16)
+    q = heads(1, 11, 12, 24, torch.bfloat16)
+    k = cache[:1, :, :1, :24].transpose(1, 2).detach().requires_grad_()
+    v = cache[1:, :, 1:].transpose(1, 2).detach().requires_grad_()
+    assert_parity((q, k, v, *FAR, None, 129), torch.bfloat16)
+    assert taken
+
+
+def test_heads_of_256_features(taken):
+    q, k, v = (heads(1, T, 2, 256, torch.bfloat16) for T in (1, 130, 130))
+    assert_parity((q, k, v), torch.bfloat16)
+    assert taken == [5]
+
+
+def test_runs_are_bitwise_equal(taken):
+    q, k, v = heads(1, 1, 4, 40, torch.bfloat16), *(heads(1, 300, 1, 40, torch.bfloat16) for _ in range(2))
+    assert deterministic(OP.fused, (q, k, v), runs=2)
+    assert taken[0] > 1
+
+
+def test_what_the_ordinary_kernel_keeps(taken):
+    """More queries, few keys, keys that a window hides, dropout, wide float32 heads, nothing to compute."""
+    seed = torch.tensor([5]).to("cuda")
+    for Tq, Tk, D, rest in (
+        (17, 150, 16, ()),
+        (1, 127, 16, ()),
+        (1, 300, 16, (*FAR, 100, 299)),
+        (1, 150, 16, (None, False, None, 0.25, seed, 3)),
+        (2, 130, 160, ()),
+        (0, 150, 16, ()),
+    ):
+        args = (heads(1, Tq, 2, D), heads(1, Tk, 1, D), heads(1, Tk, 1, D), *rest)
+        torch.testing.assert_close(OP.fused(*args), OP.reference(*args), rtol=1e-4, atol=1e-5)
+    assert not taken
