@@ -11,7 +11,7 @@ import torch
 from fusekit.kernels import fp8_gemm, linear_fp8_cpu
 from fusekit.kernels.fp8_cast import cast, empty_operand
 from fusekit.kernels.fp8_gemm import Tile, product
-from fusekit.kernels.fp8_history import DelayedScales, update
+from fusekit.kernels.fp8_history import DelayedScales
 from fusekit.kernels.linear_fp8 import OP
 from fusekit.kernels.parity import check, deterministic, results_and_grads
 from fusekit.kernels.recipe import PRESETS, Recipe
@@ -143,17 +143,22 @@ def test_histories_have_the_bits_of_the_cpu(length: int) -> None:
     """update_kernel against the CPU's calls, with amax of every kind."""
     on_gpu = DelayedScales([Recipe(), PRESETS["fp8-block"]], length=length, device="cuda")
     generator = torch.Generator().manual_seed(0)
-    history, scale = torch.zeros(6, length), torch.ones(6)
+    history, scale, cursor = torch.zeros(6, length), torch.zeros(6), torch.zeros(6, dtype=torch.int64)
+    taken = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.int32)
     for step in range(5):
         amax = torch.randn(6, generator=generator).mul(4).exp()
         if step == 2:
             amax[:4] = torch.tensor([torch.inf, torch.nan, 0.0, 2.0**-149])
+        skip = torch.tensor(float(step == 3))
         on_gpu.amax.copy_(amax)
-        update(on_gpu.history, on_gpu.amax, on_gpu.scale, on_gpu.cursor, on_gpu.top)
-        history[:, step % length] = torch.where(amax.isfinite(), amax, 0)
+        on_gpu.update(taken=taken.to("cuda"), skip=skip.to("cuda"))
+        moves = amax.isfinite() & (amax > 0) & (taken > 0) & (skip == 0)
+        for slot in moves.nonzero().flatten().tolist():
+            history[slot, cursor[slot]] = amax[slot]
+        cursor = torch.where(moves, (cursor + 1) % length, cursor)
         highest = history.amax(1).clamp(min=1.75 * 2.0**-92)
         largest = torch.where(on_gpu.top.cpu() == 8, 448.0, 57344.0)
         fresh = (largest.double() / highest.double()).log2().floor().exp2().float()
-        scale = torch.where(history.amax(1) > 0, fresh, scale)
+        scale = torch.where(moves, fresh, scale)
         assert torch.equal(on_gpu.scale.cpu(), scale) and torch.equal(on_gpu.history.cpu(), history)
-        assert not on_gpu.amax.any() and bool((on_gpu.cursor == (step + 1) % length).all())
+        assert torch.equal(on_gpu.amax.cpu(), amax * (taken == 0)) and torch.equal(on_gpu.cursor.cpu(), cursor)
