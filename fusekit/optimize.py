@@ -15,6 +15,7 @@ from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.passes import _compat
 from fusekit.passes.capture import Failure
 from fusekit.passes.config import Config
+from fusekit.passes.delayed import ModelScales
 from fusekit.passes.region import Settings
 from fusekit.recipe_modules import kept_modules
 from fusekit.session import SESSIONS, Hook, OptimisedCall, Session
@@ -77,6 +78,7 @@ def optimize(
         remainder=_choice("remainder", remainder, REMAINDERS),
         strict=bool(strict),
         keep_logits=bool(keep_logits),
+        scales=ModelScales(model, recipe) if recipe and recipe.delayed else None,
     )
     _check_tensors(model, settings.precision)
     hooks = _verify_hooks(verify)
@@ -119,11 +121,6 @@ def _precision(precision: Any) -> tuple[str, Recipe | None]:
         recipe = PRESETS[precision]
     else:
         return _choice("precision", precision, [*PRECISIONS, *PRESETS], _SYNONYMS), None
-    if recipe.delayed:
-        raise ValueError(
-            "precision: a recipe with delayed=True needs the largest values of earlier steps, which "
-            "optimize does not keep; use delayed=False, which reads each tensor's own"
-        )
     return "fp8", recipe
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class _Fuser:
         """A layer to FP8; that it stays is told once, by the row without an activation."""
         settings = self.region.settings
         assert settings.recipe is not None
-        match.arguments["recipe"] = settings.recipe.token()
+        # Delayed scales come with the pass `quantise`, where the layer's weight has slots.
+        match.arguments["recipe"] = replace(settings.recipe, delayed=False).token()
         in_checkpoint = self.module is not self.region.module
         reason = why_kept(match, settings, in_checkpoint=in_checkpoint) or self.apply(match)
         if reason is not None and match.rule is fp8.BARE:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusekit.passes.region import InputCast
+from fusekit.passes.inputs import InputCast
 from fusekit.passes.weights import WeightCache, cast_parameters
 
 BF16 = torch.bfloat16
