@@ -12,8 +12,9 @@ from fusekit.explanation import explain
 from fusekit.kernels.recipe import Recipe
 from fusekit.loss_scaler import LossScaler
 from fusekit.optimize import optimize, restore
+from fusekit.precision_state import precision_state
 from fusekit.report import Report
 from fusekit.verification import verify
 
-__all__ = ["Certificate", "LossScaler", "Recipe", "Report", "explain", "optimize", "restore", "verify"]
+__all__ = ["Certificate", "LossScaler", "Recipe", "Report", "explain", "optimize", "precision_state", "restore", "verify"]
 __version__ = "0.1.0"

@@ -130,7 +130,7 @@ class _Search:
     def measure(self, seed: int = 0) -> dict[str, Tensor]:
         self.runs += 1
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), session(self.model).scales_paused():
             torch.manual_seed(seed)
             return _loss_and_grads(self.model, self.args, self.kwargs)
 

@@ -223,7 +223,7 @@ def _capture_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """One forward pass whose traces in random state and buffers are wiped."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), SESSIONS[model].scales_paused():
             model(*args, **kwargs)
     finally:
         with torch.no_grad():

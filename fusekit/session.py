@@ -53,6 +53,11 @@ class Session:
     def failures(self) -> list[Failure]:
         return self.capture.failures
 
+    def scales_paused(self) -> contextlib.AbstractContextManager[None]:
+        """Calls of the model within gather nothing for delayed scales."""
+        scales = self.settings.scales
+        return contextlib.nullcontext() if scales is None else scales.pause()
+
     def listen(self) -> None:
         """Before a compilation of ours: what Dynamo noted until now belongs to others."""
         if not self._listening:

@@ -1,8 +1,8 @@
 """The training loop: read `fit` and `train_step`, the rest are their parts.
 
 One run is a folder: checkpoint.pt, metrics.jsonl, loss.png. A run that was killed at any moment and resumed
-ends with the same bits as one that was not: the checkpoint holds weights, optimizer, loss scale, random
-generators, the position in the data and the step; everything else is a function of the configuration.
+ends with the same bits as one that was not: the checkpoint holds weights, optimizer, loss scale, delayed FP8
+scales, random generators, the position in the data and the step; everything else is a function of the configuration.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fusekit.loss_scaler import LossScaler
 from fusekit.meter import Stopwatch, peak_memory
 from fusekit.monitor import Metrics, Monitor, read_metrics
 from fusekit.plots import plot_losses
+from fusekit.precision_state import PrecisionState, precision_state
 from fusekit.train_config import TrainConfig
 
 # Settings that may differ between a checkpoint and the run that continues it.
@@ -63,6 +64,8 @@ class Trainer:
         self.watch = watch or (lambda record: None)
         self.model = model.to(self.device).train()
         self.forward = provide(self.model, config)
+        ours = config.provider == "fusekit"
+        self.precision = precision_state(self.model) if ours else PrecisionState(None)
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
         if self.scaler.is_enabled():  # read on the device, by steps that were not skipped
@@ -190,6 +193,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "precision": self.precision.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "validation_loss": self.validation_loss,
         }
@@ -217,6 +221,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.precision.load_state_dict(state.get("precision", {}))
         torch.set_rng_state(state["random"]["cpu"])
         if state["random"]["cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])

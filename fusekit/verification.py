@@ -92,11 +92,11 @@ def _record_gains(captured: CapturedRegion, sites: list[SiteCertificate]) -> Non
 
 @contextlib.contextmanager
 def _undisturbed(opened: Session) -> Iterator[None]:
-    """Random state and buffers as before, and no hook of the session fires."""
+    """Random state, buffers and delayed scales as before, and no hook of the session fires."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in opened.model.buffers()]
     hooks, opened.after_call = opened.after_call, []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), opened.scales_paused():
             yield
     finally:
         opened.after_call = hooks

@@ -292,7 +292,7 @@ def cast(
     if scaling == "tensor":
         inverse = inverse if inverse is not None else inverse_t
         if amax is not None and maxima[0] is not None:
-            patterns = amax.view(torch.int32)
+            patterns = amax.data.view(torch.int32)  # .data: see linear_fp8_cpu.through_fp8
             torch.maximum(patterns, maxima[0], out=patterns)
     constants: dict[str, Any] = {
         "SCALING": scaling,

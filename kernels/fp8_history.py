@@ -81,7 +81,8 @@ def update(
         block = triton.next_power_of_2(H)
         launch(update_kernel, (S,), *patterns, cursor, top, taken, skip, H, BLOCK=block, num_warps=4)
         return
-    places, seen, scales = patterns
+    # .data: backward passes that are still to come, of layers that are not taken, have saved views of these.
+    places, seen, scales, cursor = (t.data for t in (*patterns, cursor))
     emptied = seen > 0 if taken is None else (seen > 0) & (taken > 0)
     moves = emptied & (seen < _INFINITY)
     if skip is not None:

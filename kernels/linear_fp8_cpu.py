@@ -50,7 +50,10 @@ def through_fp8(
     own = scale[which] if recipe.delayed and scale is not None else None
     values, largest = fp8_cpu.through_fp8(x, code, (rows, columns), dtype, recipe.power_of_two, own)
     if amax is not None and x.numel():
-        torch.maximum(amax[which], largest.reshape(()), out=amax[which])
+        # .data: a checkpoint that keeps amax as an input would take the write for a change of its input, and
+        # its second pass finds the same maximum.
+        seen = amax.data[which]
+        torch.maximum(seen, largest.reshape(()), out=seen)
     if inverse is not None:
         if not x.numel():
             largest = torch.zeros(1, 1)

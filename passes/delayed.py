@@ -48,13 +48,14 @@ class ModelScales:
         self._state: DelayedScales | None = None
         self._loaded: Mapping[str, Any] | None = None  # read before the device was known
         self._indices: dict[int, tuple[ReferenceType[Tensor], int]] = {}
-        self._masks: WeakKeyDictionary[Optimizer, tuple[Any, Any]] = WeakKeyDictionary()
-        self._paused: tuple[Tensor, Tensor] | None = None
+        self._masks: WeakKeyDictionary[Optimizer, tuple[Any, bool, Tensor | None]] = WeakKeyDictionary()
+        self._pauses = 0
+        self._frozen: tuple[Tensor, Tensor] | None = None  # scale and amax while paused
         _live.add(self)
 
     @property
     def paused(self) -> bool:
-        return self._paused is not None
+        return self._pauses > 0
 
     def layer(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """scale and amax (3,) of the layer of this Parameter. What is written to amax counts only while
@@ -63,8 +64,9 @@ class ModelScales:
         if index is None:
             return self._nothing, self._scratch
         slots = slice(SLOTS * index, SLOTS * (index + 1))
-        if self._paused is not None:
-            return self._paused[0][slots], self._paused[1][slots]
+        if self.paused:
+            scale, amax = self._freeze(state)
+            return scale[slots], amax[slots]
         if not torch.is_grad_enabled():
             return state.scale[slots], self._scratch
         self.group = self.group or _compat.active_ddp_group()
@@ -73,22 +75,26 @@ class ModelScales:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Nothing is gathered. Gradients have no scale: what `verify` sends back is not the loss's."""
-        if self._state is None:
-            yield  # with no state there is no history; what is made within starts empty
-            if self._state is not None:
-                self._state.amax.zero_()
-            return
-        scale = self._state.scale.clone()
-        scale[GRADIENT::SLOTS] = 0
-        previous, self._paused = self._paused, (scale, torch.zeros_like(scale))
+        self._pauses += 1
         try:
             yield
         finally:
-            self._paused = previous
+            self._pauses -= 1
+            self._frozen = None
+
+    def _freeze(self, state: DelayedScales) -> tuple[Tensor, Tensor]:
+        if self._frozen is None:
+            with torch.inference_mode(False), torch.no_grad():
+                scale = state.scale.clone()
+                scale[GRADIENT::SLOTS] = 0
+                self._frozen = scale, torch.zeros_like(scale)
+        return self._frozen
 
     def update(self, taken: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Move the histories of the slots in `taken`, None: of all; where `skip` is not 0, only empty amax."""
         if self._state is not None:
+            if skip is not None:
+                skip = skip.to(self._state.scale.device, torch.float32, non_blocking=True)
             with torch.no_grad():
                 self._state.update(self.group, taken=taken, skip=skip)
 
@@ -117,12 +123,16 @@ class ModelScales:
                 f"{': ' + ', '.join(differing[:3]) if differing else ''}; load them into the model that they "
                 f"were saved from, optimised with the same precision"
             )
-        DelayedScales([self._recipe] * len(self.names), length=self._recipe.history).load_state_dict(
-            state
-        ) if len(state) > 1 else None
+        if len(state) > 1:  # what does not fit raises here, and not in the first forward pass
+            self._new("cpu").load_state_dict({k: v for k, v in state.items() if k != "weights"})
         self._loaded = dict(state)
         if self._state is not None:
             self._fill(self._state)
+
+    def _new(self, device: torch.device | str) -> DelayedScales:
+        recipe = self._recipe
+        count = len(self.names)
+        return DelayedScales([recipe] * count, length=recipe.history, margin=recipe.margin, device=device)
 
     def _fill(self, state: DelayedScales) -> None:
         if self._loaded is not None and len(self._loaded) > 1:
@@ -138,10 +148,7 @@ class ModelScales:
             with torch.inference_mode(False), torch.no_grad():  # used in training too
                 if self._state is not None:  # the model has moved
                     self._loaded = self.state_dict()
-                self._state = DelayedScales(
-                    [self._recipe] * len(self.names), length=self._recipe.history,
-                    margin=self._recipe.margin, device=device,
-                )  # fmt: skip
+                self._state = self._new(device)
                 self._fill(self._state)
                 self._nothing, self._scratch = (torch.zeros(SLOTS, device=device) for _ in range(2))
                 self._masks.clear()
@@ -163,33 +170,29 @@ class ModelScales:
         model = self._model()
         if model is None or self._state is None:
             return False, None
-        named = dict(model.named_parameters())
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if own.isdisjoint(map(id, named.values())):
-            return False, None
-        weights = [named.get(name) for name in self.names]
+        weights: list[Tensor | None] = [None] * len(self.names)
+        for weight, i in self._indices.values():
+            weights[i] = weight()
         takes = tuple(w is None or id(w) in own or not w.requires_grad for w in weights)
         found = self._masks.get(optimizer)
-        if found is None or found[0] != takes:
+        if found is None or found[0] != (len(own), takes):
+            related = any(takes) and not own.isdisjoint(map(id, model.parameters()))
             mask = torch.tensor([t for t in takes for _ in range(SLOTS)], dtype=torch.int32)
             kept = None if all(takes) else mask.to(self._state.scale.device)
-            found = self._masks[optimizer] = (takes, kept)
-        return any(takes), found[1]
+            found = self._masks[optimizer] = ((len(own), takes), related, kept)
+        return found[1:]
 
 
 def step_skipped(optimizer: Optimizer) -> None:
     """A loss scaler found an overflow on the host, and calls no `step`."""
     for scales in list(_live):
-        if scales._state is not None:
-            scales.stepped(optimizer, torch.ones((), device=scales._state.scale.device))
+        scales.stepped(optimizer, torch.ones(()))
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for scales in list(_live):
-        skip = getattr(optimizer, "found_inf", None)
-        if skip is not None and scales._state is not None:
-            skip = skip.to(scales._state.scale.device, non_blocking=True)
-        scales.stepped(optimizer, skip)
+        scales.stepped(optimizer, getattr(optimizer, "found_inf", None))
 
 
 _compat.never_trace(_after_step)
