@@ -14,7 +14,7 @@ Saved for backward: the operands of the two later products as they enter them, a
 Delayed scales: `scale` (3,) of x, weight and gradient is used as it is. Where `amax` (3,) is given it is
 raised to the largest magnitudes seen, with current scales too. That is idempotent: the second forward pass of
 an activation checkpoint leaves it as it was. A scale of 0 says that no step has been seen: the tensor's own is
-used. Histories move once a step: fp8_history.py.
+used, as it is where `scale` is left out. Histories move once a step: fp8_history.py.
 
 `x_operand` and `w_operand` are x and weight as fp8_operand.py quantised them, in the layouts that it was asked
 for. What is absent is quantised here. Where one is given, its scale counts and not that in `scale`.
@@ -335,8 +335,6 @@ def supports(
     for name, state in (("scale", scale), ("amax", amax)):
         if state is not None and (state.dtype != torch.float32 or tuple(state.shape) != (3,)):
             return f"{name} is {state.dtype} {tuple(state.shape)}, not float32 (3,): x, weight, gradient"
-    if chosen.delayed and scale is None:
-        return "the recipe has delayed scales: give `scale`, or use delayed=False"
     if amax is not None and chosen.scaling != "tensor":
         return f"amax is of one group a tensor, and scaling={chosen.scaling!r} has many; leave it out"
     for operand, tensor in ((x_operand, x), (w_operand, weight)):
@@ -411,7 +409,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     strided, transposed = (t.detach().transpose(0, 1).requires_grad_() for t in (x, weight))
     yield Sample(args=(strided, transposed, None, "none", "fp8-block"), name="strided_conv1d")
     yield Sample(args=(make(32), make(16, 32), make(16)), name="vector")
-    variants = {name: recipe.token() for name, recipe in PRESETS.items()}
+    variants = {name: recipe.token() for name, recipe in PRESETS.items() if not recipe.delayed}
     for accumulation in ("fast", "fp32"):
         variants[accumulation] = replace(PRESETS["fp8-tensorwise"], accumulation=accumulation).token()
     for name, token in variants.items():

@@ -126,8 +126,11 @@ class ModelScales:
         if len(state) > 1:  # what does not fit raises here, and not in the first forward pass
             self._new("cpu").load_state_dict({k: v for k, v in state.items() if k != "weights"})
         self._loaded = dict(state)
+        model = self._model()
         if self._state is not None:
             self._fill(self._state)
+        elif model is not None and (first := next(model.parameters(), None)) is not None:
+            self._on(first.device)  # now, as the first call may be an optimizer's
 
     def _new(self, device: torch.device | str) -> DelayedScales:
         recipe = self._recipe
@@ -152,18 +155,22 @@ class ModelScales:
                 self._fill(self._state)
                 self._nothing, self._scratch = (torch.zeros(SLOTS, device=device) for _ in range(2))
                 self._masks.clear()
+            self._find_weights()
         return self._state
 
     def _index(self, weight: Tensor) -> int | None:
         known = self._indices.get(id(weight))
         if known is None or known[0]() is not weight:
-            model = self._model()
-            named = {} if model is None else dict(model.named_parameters())
-            self._indices = {
-                id(named[name]): (ref(named[name]), i) for i, name in enumerate(self.names) if name in named
-            }
+            self._find_weights()
             known = self._indices.get(id(weight))
         return None if known is None else known[1]
+
+    def _find_weights(self) -> None:
+        model = self._model()
+        named = {} if model is None else dict(model.named_parameters())
+        self._indices = {
+            id(named[name]): (ref(named[name]), i) for i, name in enumerate(self.names) if name in named
+        }
 
     def _taken(self, optimizer: Optimizer) -> tuple[bool, Tensor | None]:
         """Whether a step of this optimizer takes slots, and which; None: all."""

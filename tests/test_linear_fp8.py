@@ -200,7 +200,8 @@ def test_bad_input_is_named(device: str) -> None:
         ((x, weight[:40], None), "does not divide"),
         ((x, weight.half(), None), "x's dtype or float32"),
         ((x, weight, bias[:-1]), "one value per output feature"),
-        ((x, weight, None, "none", Recipe(delayed=True).token()), "give `scale`"),
+        ((x, weight, None, "none", "mxfp8", None, None, [x]), "the 4 tensors of fp8_operand"),
+        ((x, weight, None, "none", "mxfp8", None, None, [weight] * 4), "the operand has 144 rows"),
         ((x, weight, None, "none", Recipe(delayed=True).token(), three[:2]), "float32 (3,)"),
         ((x, weight, None, "none", "mxfp8", None, three), "has many; leave it out"),
     ):
