@@ -115,6 +115,8 @@ def cast_parameters(
     extended = list(args)
     for cast in sorted(input_casts, key=lambda c: c.target):
         assert cast.target == len(extended), "copies are the graph's last inputs"
+        if isinstance(cast, InputOperand) and cast.transposed and torch.is_grad_enabled():
+            extended[cast.source] = _LaidOut.apply(extended[cast.source])
         if isinstance(cast, InputCast):
             extended.append(_CastParameter.apply(args[cast.source], lows[cast.target][0]))
         else:
@@ -131,6 +133,19 @@ class _CastParameter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad_output.to(ctx.dtype), None
+
+
+class _LaidOut(torch.autograd.Function):
+    """The gradient of a transposed weight comes transposed. Autograd would copy it, which counts as a write to
+    it; copied here it is as new as any other, and the window stays open."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_output.contiguous()
 
 
 def _is_fresh(copy: _Copy, parameter: Tensor, sampled: bool) -> bool:
