@@ -104,15 +104,14 @@ def forward(
             saved.copy_(own if again else through_fp8(t, recipe, which, True, scale, amax, dtype))
         operands.append(own)
     x, weight = operands
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
+    wide = bias is not None and bias.dtype != x.dtype  # a float32 bias is added to float32 sums, as on a GPU
     if recipe.output and recipe.accumulation == "exact":
-        wide = exact_product(x, weight.t())
-        wide = wide if bias is None else wide + bias
-        for target, value in ((z, wide), (y, ACTIVATIONS[act].reference(wide))):
+        exact = exact_product(x, weight.t())
+        exact = exact if bias is None else exact + bias
+        for target, value in ((z, exact), (y, ACTIVATIONS[act].reference(exact))):
             if target is not None:
                 target.copy_(value)
-    elif x.dtype == y.dtype:
+    elif x.dtype == y.dtype and not wide:
         linear_cpu.forward(x, weight, bias, None, act, y, z)
     else:
         linear_cpu._forward_widened(x, weight, bias, None, act, y, z)

@@ -86,6 +86,19 @@ def test_master_weights_are_quantised_from_float32(dtype: torch.dtype, device: s
 
 
 @presets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_float32_bias_is_not_rounded(name: str, dtype: torch.dtype, device: str) -> None:
+    """Near -1 a sum with a bias that bfloat16 cannot hold shows the bias's own digits."""
+    x, weight, _, act, recipe = checks.arguments(device, dtype, name)
+    bias = torch.full((144,), -1 - 2.0**-12, requires_grad=True)
+    x, weight = (torch.zeros_like(t).requires_grad_() for t in (x, weight))
+    with torch.no_grad():
+        x[..., 0], weight[:, 0] = 1.0, 1.0
+    results = results_and_grads(OP.fused, (x, weight, bias, act, recipe))
+    assert (results["output"] == -(2.0**-12)).all() and results["grad_2"].dtype == torch.float32
+
+
+@presets
 def test_exact_sums_do_not_depend_on_the_order_of_features(name: str, device: str) -> None:
     """Within a group, for groups of features are not the same elsewhere."""
     x, weight, bias, act, recipe = checks.arguments(device, torch.float32, EXACT[name], shape=(20, 32, 128))
