@@ -16,5 +16,15 @@ from fusekit.precision_state import precision_state
 from fusekit.report import Report
 from fusekit.verification import verify
 
-__all__ = ["Certificate", "LossScaler", "Recipe", "Report", "explain", "optimize", "precision_state", "restore", "verify"]
+__all__ = [
+    "Certificate",
+    "LossScaler",
+    "Recipe",
+    "Report",
+    "explain",
+    "optimize",
+    "precision_state",
+    "restore",
+    "verify",
+]
 __version__ = "0.1.0"

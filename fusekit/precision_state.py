@@ -55,7 +55,7 @@ class PrecisionState:
 
 
 def precision_state(model: nn.Module) -> PrecisionState:
-    """What the precision of an optimised model remembers between steps; the model's state_dict has none of it.
+    """What the precision of an optimised model remembers between steps; model.state_dict() has none of it.
 
         torch.save({"model": model.state_dict(), "precision": fusekit.precision_state(model).state_dict()}, f)
         fusekit.precision_state(model).load_state_dict(torch.load(f)["precision"])

@@ -2,7 +2,8 @@
 
 One run is a folder: checkpoint.pt, metrics.jsonl, loss.png. A run that was killed at any moment and resumed
 ends with the same bits as one that was not: the checkpoint holds weights, optimizer, loss scale, delayed FP8
-scales, random generators, the position in the data and the step; everything else is a function of the configuration.
+scales, random generators, the position in the data and the step; everything else is a function of the
+configuration.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ transposed tensor. Inverse scales are stored group-major, (column groups, row gr
 of groups a step.
 
     tensor           a pass for amax (integer maximum of patterns: NaN > infinity > finite), a pass that casts
-    tensor, delayed  one pass: scale is known, amax rides along. Before the first step there is none, which only
-                     the device knows: a kernel that ends at once where there is a scale finds the largest
+    tensor, delayed  one pass: scale is known, amax rides along. Before the first step there is none,
+                     which only the device knows: a kernel that ends at once where there is one finds amax
     row              as tensor, with the largest magnitudes of all rows and all columns from one pass
     block, mx        one pass: a group never leaves its tile
 
@@ -113,9 +113,7 @@ def amax_kernel(
 
 
 @triton.jit
-def first_amax_kernel(
-    x_ptr, scale_ptr, amax_ptr, inverse_ptr, M, K, stride_m, stride_k, TILE: tl.constexpr
-):
+def first_amax_kernel(x_ptr, scale_ptr, amax_ptr, inverse_ptr, M, K, stride_m, stride_k, TILE: tl.constexpr):
     """1 / scale to inverse; or, where the scale is 0, the largest magnitude of x to amax."""
     scale = tl.load(scale_ptr)
     if scale > 0:

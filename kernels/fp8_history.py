@@ -11,8 +11,9 @@ and the second forward pass of a checkpoint changes nothing.
 A scale of 0 says that nothing has been seen yet: `linear_fp8` then takes the tensor's own scale, so the first
 step of a run is one with current scales, bit for bit.
 
-An amax that is zero, infinite or NaN says nothing about the next step: the slot's history stands still and its
-scale stays. So a second optimizer's step, a layer that took no part and a step that overflowed change nothing.
+An amax that is zero, infinite or NaN says nothing about the next step: the slot's history stands still and
+its scale stays. So a second optimizer's step, a layer that took no part and a step that overflowed change
+nothing.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ An operand is four tensors: codes and inverse scales as the product `output` tak
 do, contracted along the other dimension. A GPU keeps codes of 8 bits, the second layout transposed
 (fp8_cast.py). A CPU keeps the values behind Q, in a dtype that holds them and in x's own orientation
 (linear_fp8_cpu.py): there the two layouts differ only where their groups do, and inverse scales are kept of
-delayed scaling alone, as a record of the scale that was used. What is absent has one dimension and no element.
+delayed scaling alone, as a record of the scale that was used. What is absent has one dimension, no element.
 
 No gradient passes here: linear_fp8 hands it to x itself, straight through.
 """
@@ -40,7 +40,9 @@ class Quantised(NamedTuple):
     turned_inverse: Tensor
 
 
-def read(operand: Sequence[Tensor] | None, recipe: Recipe, which: int) -> tuple[Operand | None, Operand | None]:
+def read(
+    operand: Sequence[Tensor] | None, recipe: Recipe, which: int
+) -> tuple[Operand | None, Operand | None]:
     """Both layouts of an operand as linear_fp8 was given it, each None where it is absent."""
     if not operand:
         return None, None

@@ -13,11 +13,11 @@ Saved for backward: the operands of the two later products as they enter them, a
 
 Delayed scales: `scale` (3,) of x, weight and gradient is used as it is. Where `amax` (3,) is given it is
 raised to the largest magnitudes seen, with current scales too. That is idempotent: the second forward pass of
-an activation checkpoint leaves it as it was. A scale of 0 says that no step has been seen: the tensor's own is
-used, as it is where `scale` is left out. Histories move once a step: fp8_history.py.
+an activation checkpoint leaves it as it was. A scale of 0 says that no step has been seen: the tensor's own
+is used, as it is where `scale` is left out. Histories move once a step: fp8_history.py.
 
-`x_operand` and `w_operand` are x and weight as fp8_operand.py quantised them, in the layouts that it was asked
-for. What is absent is quantised here. Where one is given, its scale counts and not that in `scale`.
+`x_operand` and `w_operand` are x and weight as fp8_operand.py quantised them, in the layouts that it was
+asked for. What is absent is quantised here. Where one is given, its scale counts and not that in `scale`.
 """
 
 from __future__ import annotations
@@ -155,15 +155,15 @@ def _forward(
     arguments = (_rows(x), weight, bias, act, chosen, scale, amax)
     x_given, w_given = read(x_operand, chosen, 0)[0], read(w_operand, chosen, 1)[0]
     outputs = (_rows(y), _rows(z) if z.dim() == y.dim() and z.numel() else None)
-    keeps = [kept.dim() == 2 for kept in (x_saved, w_saved)]
+    keeps_x, keeps_w = x_saved.dim() == 2, w_saved.dim() == 2
     if not on_gpu(x):
-        saved = (kept if keep else None for kept, keep in zip((x_saved, w_saved), keeps, strict=True))
-        linear_fp8_cpu.forward(*arguments, *outputs, *saved, x_given, w_given)
+        linear_fp8_cpu.forward(
+            *arguments, *outputs, x_saved if keeps_x else None, w_saved if keeps_w else None, x_given, w_given
+        )
     elif x.numel() or recording():
-        held = (Operand(x_saved, x_inverse), Operand(w_saved, w_inverse))
         linear_fp8_gpu.forward(
-            *arguments, *outputs, *(h if k else None for h, k in zip(held, keeps, strict=True)),
-            x_given, w_given,
+            *arguments, *outputs, Operand(x_saved, x_inverse) if keeps_x else None,
+            Operand(w_saved, w_inverse) if keeps_w else None, x_given, w_given,
         )  # fmt: skip
     return results
 
@@ -221,7 +221,7 @@ def _backward(
         linear_fp8_gpu.backward(_rows(grad_output), _rows(x), x_inverse, weight, w_inverse, *rest)
     else:
         linear_fp8_cpu.backward(_rows(grad_output), _rows(x), weight, *rest)
-    # .data: at version 0, as a gradient that nobody has touched; passes/weights.py reads an open window from it.
+    # .data: at version 0, as a gradient that nobody has touched; passes/weights.py tells a window by it.
     return grads[0].data, grads[1].data, grads[2].data
 
 
@@ -378,7 +378,8 @@ def _fake(*args: Any) -> Tensor:
 
 fused = define(
     "linear_fp8(Tensor x, Tensor weight, Tensor? bias=None, str act='none', str recipe='fp8-tensorwise',"
-    " Tensor? scale=None, Tensor(a!)? amax=None, Tensor[]? x_operand=None, Tensor[]? w_operand=None) -> Tensor",
+    " Tensor? scale=None, Tensor(a!)? amax=None, Tensor[]? x_operand=None, Tensor[]? w_operand=None)"
+    " -> Tensor",
     _infer,
     _fake,
     autograd=_differentiable,
@@ -390,8 +391,8 @@ def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    """Small: every preset, activations, layouts. bench: the first linear of a GPT block, every preset, and one
-    whose weight is quantised already, as it is from the second micro-batch of a step on."""
+    """Small: every preset, activations, layouts. bench: the first linear of a GPT block, every preset, and
+    one whose weight is quantised already, as it is from the second micro-batch of a step on."""
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int, scale: float = 1.0) -> Tensor:

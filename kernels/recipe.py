@@ -96,7 +96,8 @@ class Recipe:
             )
         if not 1 <= self.history <= 1024 or not 0 <= self.margin <= 8:
             raise ValueError(
-                f"Recipe: history is 1 to 1024 steps and margin 0 to 8 bits, got {self.history} and {self.margin}"
+                f"Recipe: history is 1 to 1024 steps and margin 0 to 8 bits, "
+                f"got {self.history} and {self.margin}"
             )
         if self.edge_blocks < 0:
             raise ValueError(f"Recipe: edge_blocks is not negative, got {self.edge_blocks}")

@@ -91,7 +91,7 @@ class ModelScales:
         return self._frozen
 
     def update(self, taken: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """Move the histories of the slots in `taken`, None: of all; where `skip` is not 0, only empty amax."""
+        """Move the histories of the slots in `taken`, None: of all; only empty amax where `skip` is not 0."""
         if self._state is not None:
             if skip is not None:
                 skip = skip.to(self._state.scale.device, torch.float32, non_blocking=True)

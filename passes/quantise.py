@@ -1,8 +1,9 @@
 """One quantisation for each tensor and layout, however many FP8 layers read it; and delayed scales.
 
-A weight becomes a graph input of its own that `weights` fills once per version, in both layouts: micro-batches
-and the second forward passes of checkpoints find it made. What several layers read, such as the normed x of q,
-k and v, is quantised by a visible op in front of the first of them. What one layer reads it quantises itself.
+A weight becomes a graph input of its own that `weights` fills once per version, in both layouts: micro-
+batches and the second forward passes of checkpoints find it made. What several layers read, such as the
+normed x of q, k and v, is quantised by a visible op in front of the first. What one layer reads it quantises
+itself.
 
 With delayed scales a layer gets scale and amax of its weight's slots; where no Parameter of the model stands
 behind a weight, nothing could remember them, and the layer takes current scales.
@@ -63,18 +64,25 @@ class _Inputs:
 
     def listed(self) -> list[InputOperand | InputScales]:
         places = {node: i for i, node in enumerate(self.graph.find_nodes(op="placeholder"))}
-        return [describe(places[key[0]], places[self.made[key][0]]) for key, describe in self.described.items()]
+        return [
+            describe(places[key[0]], places[self.made[key][0]]) for key, describe in self.described.items()
+        ]
 
 
 class _Graph:
     """The region's graph, or a checkpoint's body, whose inputs are its call's arguments."""
 
     def __init__(
-        self, region: Region, module: fx.GraphModule, parent: _Graph | None = None, call: fx.Node | None = None
+        self,
+        region: Region,
+        module: fx.GraphModule,
+        parent: _Graph | None = None,
+        call: fx.Node | None = None,
     ) -> None:
-        self.region, self.module, self.graph, self.parent, self.call = region, module, module.graph, parent, call
+        self.region, self.module, self.graph = region, module, module.graph
+        self.parent, self.call = parent, call
         self.inputs: _Inputs = _Inputs(module.graph) if parent is None else parent.inputs
-        self.written = writes(module.graph) if parent is None else parent.written
+        self.written: Any = writes(module.graph) if parent is None else parent.written
         self.received: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
@@ -96,30 +104,41 @@ class _Graph:
 
     def give_weight(self, layer: fx.Node) -> None:
         source, transposed = self.parameter_of(layer.args[1])
-        if self.region.settings.scales is not None and source is not None:
-            _set(layer, "recipe", replace(Recipe.parse(str(layer.args[4])), delayed=True).token())
-            values = [_fake(source, lambda: torch.empty(3, device=source.meta["val"].device)) for _ in "sa"]
-            given = self.inputs.add(
-                (source, "scales"), values, f"{source.name}_scales",
-                lambda source, target: InputScales(source=source, target=target),
-            )  # fmt: skip
-            for name, node in zip(("scale", "amax"), given, strict=True):
-                _set(layer, name, self.receive(node))
-        if source is None or transposed is None or memory(source.meta["val"]) in self.written:
+        if source is None:
             return
-        x, token, turned = layer.args[0].meta["val"], str(layer.args[4]), self.region.training  # type: ignore[union-attr]
+        if self.region.settings.scales is not None and source.meta["val"].dim() == 2:
+            self.give_scales(layer, source)
+        if transposed is not None and memory(source.meta["val"]) not in self.written:
+            self.give_operand(layer, source, transposed)
+
+    def give_scales(self, layer: fx.Node, source: fx.Node) -> None:
+        device = source.meta["val"].device
+        values = [_fake(source, lambda: torch.empty(3, device=device)) for _ in ("scale", "amax")]
+        given = self.inputs.add(
+            (source, "scales"), values, f"{source.name}_scales",
+            lambda source, target: InputScales(source=source, target=target),
+        )  # fmt: skip
+        _set(layer, "recipe", replace(Recipe.parse(str(layer.args[4])), delayed=True).token())
+        _set(layer, "scale", self.receive(given[0]))
+        _set(layer, "amax", self.receive(given[1]))
+
+    def give_operand(self, layer: fx.Node, source: fx.Node, transposed: bool) -> None:
+        x, scale, token = layer.args[0], _argument(layer, "scale"), str(layer.args[4])
+        assert isinstance(x, fx.Node)
+        dtype, turned = x.meta["val"].dtype, self.region.training
 
         def quantised() -> Any:
             weight = source.meta["val"].t() if transposed else source.meta["val"]
-            scale = layer.args[5].meta["val"] if isinstance(_argument(layer, "scale"), fx.Node) else None
-            return fp8_operand(weight, token, WEIGHT, x.dtype, True, turned, scale, None)
+            given = None if scale is None else scale.meta["val"]
+            return fp8_operand(weight, token, WEIGHT, dtype, True, turned, given, None)
 
-        operand = self.inputs.add(
-            (source, transposed, x.dtype, token), list(_fake(source, quantised)), f"{source.name}_fp8",
-            lambda source, target: InputOperand(
-                source=source, target=target, recipe=token, dtype=x.dtype, transposed=transposed, turned=turned
-            ),
-        )  # fmt: skip
+        def describe(source: int, target: int) -> InputOperand:
+            return InputOperand(
+                source=source, target=target, dtype=dtype, recipe=token, transposed=transposed, turned=turned
+            )
+
+        key = (source, transposed, dtype, token)
+        operand = self.inputs.add(key, list(_fake(source, quantised)), f"{source.name}_fp8", describe)
         _set(layer, "w_operand", [self.receive(node) for node in operand])
 
     def share(self, readers: list[fx.Node]) -> None:
@@ -139,13 +158,15 @@ class _Graph:
         for i, part in enumerate(parts):
             part.meta["val"] = operand.meta["val"][i]
         for node in (operand, *parts):
-            node.meta |= {k: v for k, v in first.meta.items() if k in ("stack_trace", "nn_module_stack", "region")}
+            node.meta |= {
+                k: v for k, v in first.meta.items() if k in ("stack_trace", "nn_module_stack", "region")
+            }
         for reader in readers:
             _set(reader, "x_operand", list(parts))
 
     def parameter_of(self, node: Any) -> tuple[fx.Node | None, bool | None]:
-        """The outermost graph's input, a Parameter, that a weight is; and whether it is its transpose, or None
-        where it is something else that is made of it."""
+        """The outermost graph's input, a Parameter, that a weight is; and whether it is its transpose, None
+        where it is something else made of it."""
         transposed: bool | None = False
         while isinstance(node, fx.Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
             if is_mutation(node):
@@ -176,11 +197,12 @@ class _Graph:
 
 
 def _transposes(node: fx.Node) -> bool:
-    if node.target in (aten.t.default, aten.numpy_T.default):
-        return True
+    dims: Any = node.args[1:]
     if node.target is aten.transpose.int:
-        return {int(d) % 2 for d in node.args[1:3]} == {0, 1} and node.meta["val"].dim() == 2  # type: ignore[arg-type]
-    return node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [-1, -2])  # type: ignore[arg-type]
+        return sorted(int(d) % 2 for d in dims) == [0, 1] and node.meta["val"].dim() == 2
+    if node.target is aten.permute.default:
+        return [int(d) % 2 for d in dims[0]] == [1, 0]
+    return node.target in (aten.t.default, aten.numpy_T.default)
 
 
 def _argument(node: fx.Node, name: str) -> Any:

@@ -34,7 +34,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.linear_fp8_cpu import WEIGHT
-
 from fusekit.passes.delayed import ModelScales
 from fusekit.passes.inputs import InputCast, InputOperand, InputScales
 
@@ -136,8 +135,8 @@ class _CastParameter(torch.autograd.Function):
 
 
 class _LaidOut(torch.autograd.Function):
-    """The gradient of a transposed weight comes transposed. Autograd would copy it, which counts as a write to
-    it; copied here it is as new as any other, and the window stays open."""
+    """The gradient of a transposed weight comes transposed. Autograd would copy it, which counts as a write
+    to it; copied here it is as new as any other, and the window stays open."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
     train(model, batches(1))
     saved = fusekit.precision_state(model).state_dict()
     other = fusekit.optimize(nn.Sequential(nn.Linear(16, 16)), precision=SHORT)
-    with pytest.raises(ValueError, match="a model with other weights: 0.weight"):
+    with pytest.raises(ValueError, match=r"a model with other weights: 0\.weight"):
         fusekit.precision_state(other).load_state_dict(saved)
     with pytest.raises(ValueError, match="another history length"):
         fusekit.precision_state(made("fp8-delayed")).load_state_dict(saved)
@@ -364,7 +364,11 @@ def test_weights_that_are_not_plain_parameters(precision: str) -> None:
     if precision == "fp8-delayed":
         assert delayed.count(True) == 3  # a buffer has no slots: it takes current scales
         moved = state(model)["cursor"]
-        assert moved[slots(model, "twice.weight")].tolist() == [3] * 3 == moved[slots(model, "packed.weight")].tolist()
+        assert (
+            moved[slots(model, "twice.weight")].tolist()
+            == [3] * 3
+            == moved[slots(model, "packed.weight")].tolist()
+        )
     assert all(site.ok for site in fusekit.verify(model, batches(1)[0]).sites)
 
 
@@ -414,9 +418,9 @@ def test_ranks_of_ddp_agree_on_scales(tmp_path: Any) -> None:
 
 
 def test_the_preset_and_bad_numbers() -> None:
-    assert PRESETS["fp8-delayed"].delayed and Recipe(delayed=True, history=7, margin=1).token() == SHORT.token()
+    assert (
+        PRESETS["fp8-delayed"].delayed and Recipe(delayed=True, history=7, margin=1).token() == SHORT.token()
+    )
     for numbers in ({"history": 0}, {"history": 1025}, {"margin": 9}):
         with pytest.raises(ValueError, match="history is 1 to 1024 steps and margin 0 to 8"):
             Recipe(delayed=True, **numbers)
-
-

@@ -56,8 +56,8 @@ def each_layer_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
               "num_key_value_heads": 2},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-             "attn_pdrop": 0.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }  # fmt: skip
 
 
@@ -150,7 +150,9 @@ def _without_gradient(m: Readers, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("forward", "shared"), [(_plain, 1), (_written, 0), (_without_gradient, 0)])
-def test_what_lies_between_the_readers(forward: Callable, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_between_the_readers(
+    forward: Callable, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A write to x or another grad mode keeps them apart."""
     results = []
     for alone in (False, True):

@@ -61,7 +61,9 @@ class Quantised(Net):
         super().__init__()
         self.parameters = [nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))]
         self.x = torch.randn(4, 16)
-        weight = InputOperand(source=1, target=3, dtype=BF16, recipe=self.recipe, transposed=False, turned=True)
+        weight = InputOperand(
+            source=1, target=3, dtype=BF16, recipe=self.recipe, transposed=False, turned=True
+        )
         self.casts = [weight, InputCast(source=2, target=7, dtype=BF16)]
 
     def loss(self) -> Tensor:
@@ -135,7 +137,9 @@ def test_updates_through_data_are_seen(kind: type[Net], order: Callable, zero: C
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
 @kinds
-def test_optimizer_steps_are_seen(kind: type[Net], options: dict[str, bool], set_to_none: bool, order: Callable) -> None:
+def test_optimizer_steps_are_seen(
+    kind: type[Net], options: dict[str, bool], set_to_none: bool, order: Callable
+) -> None:
     net = kind()
     net.cache.sampled = False
     optimizer = torch.optim.AdamW(net.parameters, lr=0.1, **options)

@@ -61,7 +61,7 @@ def _in_turn(settings: Settings, dtypes: tuple[torch.dtype, ...]) -> Iterator[Ca
 
 
 def _rows(settings: Settings, dtypes: tuple[torch.dtype, ...]) -> list[tuple[str, torch.dtype]]:
-    """FP8 layers in bfloat16 alone, or in all dtypes where that is none of them: what is around them is bf16."""
+    """FP8 layers in bfloat16 alone, as what is around them is, unless that is none of the dtypes."""
     low = torch.bfloat16
     return [
         (name, dtype)

@@ -61,7 +61,7 @@ def _no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_delayed_scales_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps of a block: weights cached as codes, histories that move, the same scales on both devices."""
+    """Three steps of a block: weights kept as codes, histories that move, the same scales on both devices."""
     _no_layer_is_too_small(monkeypatch)
     torch.manual_seed(0)
     on_cpu = GPT(GPTConfig(vocab=61, context=40, layers=1, width=32, heads=2))

@@ -163,7 +163,9 @@ def test_histories_have_the_bits_of_the_cpu(length: int) -> None:
         fresh = (largest.double() / highest.double()).log2().floor().exp2().float()
         scale = torch.where(moves, fresh, scale)
         assert torch.equal(on_gpu.scale.cpu(), scale) and torch.equal(on_gpu.history.cpu(), history)
-        assert torch.equal(on_gpu.amax.cpu(), torch.where(taken > 0, 0, amax)) and torch.equal(on_gpu.cursor.cpu(), cursor)
+        assert torch.equal(on_gpu.amax.cpu(), torch.where(taken > 0, 0, amax)) and torch.equal(
+            on_gpu.cursor.cpu(), cursor
+        )
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "delayed", "first step"])
