@@ -14,6 +14,7 @@ No gradient passes here: linear_fp8 hands it to x itself, straight through.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -62,8 +63,9 @@ def why_not(operand: Sequence[Tensor] | None, x: Tensor) -> str | None:
         return f"an operand is the {PARTS} tensors of fp8_operand, and {len(operand)} came"
     if any(t.device != x.device for t in operand):
         return f"an operand is on {operand[0].device} and the tensor it stands for on {x.device}"
-    if operand[0].dim() == 2 and operand[0].shape[0] != _rows(x).shape[0]:
-        return f"the operand has {operand[0].shape[0]} rows and the tensor it stands for {_rows(x).shape[0]}"
+    rows = math.prod(x.shape[:-1])
+    if operand[0].dim() == 2 and operand[0].shape[0] != rows:
+        return f"the operand has {operand[0].shape[0]} rows and the tensor it stands for {rows}"
     return None
 
 

@@ -34,7 +34,7 @@ from fusekit.kernels import linear_fp8_cpu, linear_fp8_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_cast import empty_operand
 from fusekit.kernels.fp8_format import Operand, dequantise, group_of, quantise
-from fusekit.kernels.fp8_operand import Quantised, fp8_operand, read, why_not
+from fusekit.kernels.fp8_operand import Quantised, read, why_not
 from fusekit.kernels.launch import on_gpu, recording
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.linear_act import _optional_rows, _rows, _stores_z
@@ -391,8 +391,7 @@ def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    """Small: every preset, activations, layouts. bench: the first linear of a GPT block, every preset, and
-    one whose weight is quantised already, as it is from the second micro-batch of a step on."""
+    """Small: every preset, activations, layouts. bench: the first linear of a GPT block, every preset."""
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int, scale: float = 1.0) -> Tensor:
@@ -411,10 +410,6 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     strided, transposed = (t.detach().transpose(0, 1).requires_grad_() for t in (x, weight))
     yield Sample(args=(strided, transposed, None, "none", "fp8-block"), name="strided_conv1d")
     yield Sample(args=(make(32), make(16, 32), make(16)), name="vector")
-    token = PRESETS["fp8-tensorwise"].token()
-    shared = make(2048, 1024), make(4096, 1024, scale=1 / 32), None, "none", token, None, None, None
-    kept = fp8_operand(shared[1], token, linear_fp8_cpu.WEIGHT, dtype, True, True, None, None)
-    yield Sample(args=(*shared, list(kept)), name="2048x1024x4096_weight-kept", bench=True)
     variants = {name: recipe.token() for name, recipe in PRESETS.items() if not recipe.delayed}
     for accumulation in ("fast", "fp32"):
         variants[accumulation] = replace(PRESETS["fp8-tensorwise"], accumulation=accumulation).token()

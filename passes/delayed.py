@@ -63,14 +63,14 @@ class ModelScales:
         state, index = self._on(weight.device), self._index(weight)
         if index is None:
             return self._nothing, self._scratch
-        slots = slice(SLOTS * index, SLOTS * (index + 1))
         if self.paused:
+            slots = slice(SLOTS * index, SLOTS * (index + 1))
             scale, amax = self._freeze(state)
             return scale[slots], amax[slots]
         if not torch.is_grad_enabled():
-            return state.scale[slots], self._scratch
+            return self._layers[index][0], self._scratch
         self.group = self.group or _compat.active_ddp_group()
-        return state.layer(index)
+        return self._layers[index]
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -154,6 +154,7 @@ class ModelScales:
                 self._state = self._new(device)
                 self._fill(self._state)
                 self._nothing, self._scratch = (torch.zeros(SLOTS, device=device) for _ in range(2))
+                self._layers = [self._state.layer(i) for i in range(len(self.names))]
                 self._masks.clear()
             self._find_weights()
         return self._state
@@ -197,10 +198,10 @@ def step_skipped(optimizer: Optimizer) -> None:
         scales.stepped(optimizer, torch.ones(()))
 
 
+@_compat.untraced
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for scales in list(_live):
         scales.stepped(optimizer, getattr(optimizer, "found_inf", None))
 
 
-_compat.never_trace(_after_step)
 register_optimizer_step_post_hook(_after_step)

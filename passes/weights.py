@@ -34,6 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.linear_fp8_cpu import WEIGHT
+from fusekit.passes import _compat
 from fusekit.passes.delayed import ModelScales
 from fusekit.passes.inputs import InputCast, InputOperand, InputScales
 
@@ -44,6 +45,7 @@ SAMPLES = 16  # elements compared per parameter on the CPU
 _optimizer_steps = 0
 
 
+@_compat.untraced
 def _count_step(*_: Any) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
@@ -119,7 +121,7 @@ def cast_parameters(
         if isinstance(cast, InputCast):
             extended.append(_CastParameter.apply(args[cast.source], lows[cast.target][0]))
         else:
-            extended += [part.detach() for part in lows[cast.target]]
+            extended += lows[cast.target]
     return tuple(extended)
 
 
