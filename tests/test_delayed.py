@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fusekit
@@ -311,6 +312,20 @@ def test_optimizers_inside_the_backward_pass(checkpointed: bool) -> None:
     for x in batches(4):
         loss_of(inside, x).backward()
     assert same(weights(usual) | state(usual), weights(inside) | state(inside))
+
+
+def test_a_compiled_optimizer_step() -> None:
+    """The hook runs, and a step that is compiled once stays so: a hook that is traced changes every time."""
+    usual, compiled = made(SHORT), made(SHORT)
+    train(usual, batches(4))
+    optimizer, counter = torch.optim.SGD(compiled.parameters(), lr=0.1), CompileCounter()
+    step = torch.compile(lambda: optimizer.step(), backend=counter)
+    for x in batches(4):
+        loss_of(compiled, x).backward()
+        step()
+        optimizer.zero_grad()
+    assert same(weights(usual) | state(usual), weights(compiled) | state(compiled))
+    assert counter.frame_count == 1
 
 
 def test_slots_of_frozen_weights_move_with_the_others() -> None:
