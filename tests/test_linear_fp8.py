@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 
 import fp8_checks as checks
 import hypothesis.strategies as st
@@ -264,7 +265,7 @@ def reference_update(history: list[float], amax: float, scale: float, largest: f
     history.append(amax)
     del history[:-length]
     highest = max(history)
-    return 2.0 ** torch.tensor(largest / max(highest, largest / 2.0**100)).log2().floor().item()
+    return 2.0 ** math.floor(math.log2(largest / max(highest, largest / 2.0**100)))
 
 
 @pytest.mark.parametrize("length", [1, 3, 16])
@@ -284,6 +285,34 @@ def test_histories_move_once_an_update(length: int) -> None:
         for i, value in enumerate(amax.tolist()):
             expected[i] = reference_update(histories[i], value, expected[i], largest[i], length)
         assert scales.scale.tolist() == expected and not scales.amax.any()
+
+
+AMAX = st.sampled_from([0.0, 2.0**-149, 1e-30, 0.3, 1.75, 1.7500001, 448.0, 3e38, float("inf"), float("nan")])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.lists(st.tuples(st.lists(AMAX, min_size=3, max_size=3), st.integers(0, 7),
+                                             st.booleans()), max_size=9))  # fmt: skip
+def test_any_sequence_of_steps(length: int, steps: list[tuple[list[float], int, bool]]) -> None:
+    """Slots that are not taken keep what they gathered; a skipped step is forgotten."""
+    scales = DelayedScales([DELAYED], length=length)
+    histories: list[list[float]] = [[], [], []]
+    expected, waiting = [0.0] * 3, [0.0] * 3
+    for amax, mask, skipped in steps:
+        taken = [mask >> i & 1 for i in range(3)]
+        for i, value in enumerate(amax):
+            patterns = torch.tensor([value, waiting[i]]).view(torch.int32)
+            waiting[i] = patterns.max().view(torch.float32).item()  # NaN is the largest
+        scales.amax.copy_(torch.tensor(waiting))
+        scales.update(taken=torch.tensor(taken, dtype=torch.int32), skip=torch.tensor(float(skipped)))
+        for i in filter(taken.__getitem__, range(3)):
+            if not skipped:
+                largest = 448.0 if i < 2 else 57344.0
+                expected[i] = reference_update(histories[i], waiting[i], expected[i], largest, length)
+            waiting[i] = 0.0
+        assert scales.scale.tolist() == expected
+        assert torch.equal(scales.amax.view(torch.int32), torch.tensor(waiting).view(torch.int32))
+        assert scales.history.amax(1).tolist() == [max(h, default=0.0) for h in histories]
 
 
 def test_a_margin_leaves_headroom() -> None:
