@@ -265,7 +265,7 @@ def reference_update(history: list[float], amax: float, scale: float, largest: f
     history.append(amax)
     del history[:-length]
     highest = max(history)
-    return 2.0 ** math.floor(math.log2(largest / max(highest, largest / 2.0**100)))
+    return 2.0 ** math.floor(math.log2(largest / max(highest, 1.75 * 2.0**-92)))
 
 
 @pytest.mark.parametrize("length", [1, 3, 16])
