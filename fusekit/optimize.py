@@ -53,7 +53,8 @@ def optimize(
         model: any module. What cannot be captured runs as it was written, and one warning names the line.
         precision: "keep" changes no dtype; "tf32", "fp16" and "bf16" keep float32 Parameters as master
             weights and place casts in the graph. "fp8" does as "bf16" and casts the operands of linear
-            layers to FP8, as a Recipe, or the name of one from PRESETS, says in detail.
+            layers to FP8, as a Recipe, or the name of one from PRESETS, says in detail. What delayed scales
+            remember between steps is in `precision_state(model)`, and in no state_dict of the model's.
         fuse: "all", "none", or names of ops from fusekit.kernels.OPS.
         remainder: what runs the nodes that no rule took; "auto" is Inductor on CUDA and eager elsewhere.
         verify: "first", or every N calls with gradients: check all sites against float64 on the caller's own

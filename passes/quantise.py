@@ -41,6 +41,11 @@ def quantise_once(region: Region) -> None:
         graph = _Graph(region, region.module)
         graph.run()
         region.input_casts += graph.inputs.listed()
+        if region.settings.scales is not None and graph.inputs.without_history:
+            region.notes.append(
+                f"{graph.inputs.without_history} FP8 layers take current scales and not delayed ones: no "
+                "matrix among the Parameters is their weight"
+            )
 
 
 @dataclass
@@ -49,6 +54,7 @@ class _Inputs:
 
     graph: fx.Graph
     made: dict[Any, list[fx.Node]] = field(default_factory=dict)
+    without_history: int = 0  # layers whose scales nothing remembers
     described: dict[Any, Callable[[int, int], InputOperand | InputScales]] = field(default_factory=dict)
 
     def add(self, key: Any, values: list[Tensor], name: str, describe: Callable[..., Any]) -> list[fx.Node]:
@@ -104,10 +110,12 @@ class _Graph:
 
     def give_weight(self, layer: fx.Node) -> None:
         source, transposed = self.parameter_of(layer.args[1])
+        if source is None or source.meta["val"].dim() != 2:
+            self.inputs.without_history += 1
+        elif self.region.settings.scales is not None:
+            self.give_scales(layer, source)
         if source is None:
             return
-        if self.region.settings.scales is not None and source.meta["val"].dim() == 2:
-            self.give_scales(layer, source)
         if transposed is not None and memory(source.meta["val"]) not in self.written:
             self.give_operand(layer, source, transposed)
 

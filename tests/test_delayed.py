@@ -378,6 +378,7 @@ def test_weights_that_are_not_plain_parameters(precision: str) -> None:
     assert len(nodes) == 4
     if precision == "fp8-delayed":
         assert delayed.count(True) == 3  # a buffer has no slots: it takes current scales
+        assert any("1 FP8 layers take current scales" in note for note in fusekit.explain(model).notes)
         moved = state(model)["cursor"]
         assert (
             moved[slots(model, "twice.weight")].tolist()

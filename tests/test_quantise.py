@@ -233,3 +233,18 @@ def test_given_operands_are_what_is_multiplied() -> None:
     y = torch.ops.fusekit.linear_fp8(x, weight, None, "none", token, None, None, operand)
     assert torch.equal(y, torch.ops.fusekit.linear_fp8(2 * x, weight, None, "none", token))
     assert F.cosine_similarity(y.float().flatten(), (x.float() @ weight.t()).flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-rowwise"])
+def test_sites_with_shared_operands_certify(precision: str) -> None:
+    """Before and after steps: the operand's own scale counts, which is the first reader's."""
+    model, x = fusekit.optimize(language_model("llama"), precision=precision), tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        certificate = fusekit.verify(model, input_ids=x, labels=x)
+        sites = [site for site in certificate.sites if site.op == "linear_fp8"]
+        assert len(sites) == 14 and all(s.ok and not s.reverted for s in sites), str(certificate)
+        for _ in range(2):
+            backward(model, x)
+            optimizer.step()
+            optimizer.zero_grad()
