@@ -16,9 +16,9 @@ it as it was. A copy is reused only if all of these hold:
     written *between the micro-batches of one window*, with `p.grad` left alone, is the one change that goes
     unseen.
 
-Every call gets a fresh alias of the copy. Refreshing writes in place where nobody holds the copy, and into
+Every call gets a fresh alias of a cast copy. Refreshing writes in place where nobody holds the copy, and into
 new memory where an unfinished autograd graph does, as eager would keep the old weights of a linear's
-backward alive.
+backward alive. A quantised copy carries no gradient, is handed out as it is, and is never written to again.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_history import DelayedScales
+from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.linear_fp8 import OP
 from fusekit.kernels.op import DTYPES
 from fusekit.kernels.parity import deterministic, results_and_grads, widen
@@ -223,6 +224,32 @@ def test_bad_input_is_named(device: str) -> None:
         with pytest.raises(ValueError) as caught:
             OP.fused(*args)
         assert sentence in str(caught.value)
+
+
+# Operands quantised beforehand
+
+
+@presets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_given_operands_change_no_bit(name: str, dtype: torch.dtype, transposed: bool, device: str) -> None:
+    """Both layouts, or only those that the forward pass takes; and the ops keep their contracts."""
+    recipe = PRESETS[name]
+    state = (torch.zeros(3), torch.zeros(3)) if recipe.delayed else (None, None)
+    x, weight, bias, act, _ = checks.arguments(device, dtype, name, "gelu", master=True)
+    if transposed:
+        weight = weight.detach().t().contiguous().t().requires_grad_()
+    inline = results_and_grads(OP.fused, (x, weight, bias, act, name, *state))
+    for turned in (True, False):
+        made = [(t, name, which, dtype, True, turned, *state) for which, t in enumerate((x, weight))]
+        operands = [fp8_operand(*args) for args in made]
+        args = (x, weight, bias, act, name, *state, *operands)
+        given = results_and_grads(OP.fused, args)
+        assert all(torch.equal(t, given[key]) for key, t in inline.items())
+        assert not any(t.requires_grad for operand in operands for t in operand)
+        for arguments in made:
+            torch.library.opcheck(fp8_operand, arguments)
+        torch.library.opcheck(OP.fused, args)
 
 
 # Delayed scales
