@@ -19,6 +19,7 @@ from benchmarks import tune, tune_attention
 from benchmarks.device import device_at_hand, slug
 from benchmarks.kernels import comparison
 from benchmarks.kernels import run as kernel_run
+from benchmarks.kernels.cases import MEASURED
 from benchmarks.kernels.providers import PROVIDERS, STANDARD
 from benchmarks.kernels.rivals import RIVALS
 from benchmarks.kernels.suite import Settings
@@ -26,7 +27,6 @@ from benchmarks.models.__main__ import OURS as MODEL_PROVIDERS
 from benchmarks.report.page import write_report
 from benchmarks.results_file import RESULTS, read_kernels, read_results
 from benchmarks.traffic.command import compare_traffic
-from fusekit.kernels import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_FAILURES = 12  # printed; the page lists all
@@ -61,7 +61,7 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
     dtypes = options.dtypes or (["float32", "bfloat16"] if device.type == "cpu" else list(DTYPES))
     settings = Settings(
         device=device,
-        ops=tuple(options.ops or OPS),
+        ops=tuple(options.ops or MEASURED),
         dtypes=tuple(DTYPES[name] for name in dtypes),
         providers=tuple(options.providers or (*STANDARD, *rivals)),
         minutes=options.minutes,
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")
     add("--minutes", type=float, default=5.0, help="time for the whole run (default 5)")
     add("--seconds", type=float, default=Settings.seconds, help="per cell (default %(default)s)")
-    add("--ops", nargs="+", choices=list(OPS), help="default: all")
+    add("--ops", nargs="+", choices=list(MEASURED), help="default: all")
     add("--dtypes", nargs="+", choices=list(DTYPES), help="default: float32 bfloat16; on a GPU all three")
     add(
         "--providers",

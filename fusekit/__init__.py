@@ -14,12 +14,13 @@ from fusekit.kernels.recipe import Recipe
 from fusekit.loss_scaler import LossScaler
 from fusekit.optimize import optimize, restore
 from fusekit.precision_plan import PrecisionPlan
+from fusekit.precision_state import precision_state
 from fusekit.report import Report
 from fusekit.session import auto_precision
 from fusekit.verification import verify
 
 __all__ = [
     "AutoPrecision", "Certificate", "LossScaler", "PrecisionPlan", "Recipe", "Report", "auto_precision",
-    "explain", "optimize", "restore", "verify",
+    "explain", "optimize", "precision_state", "restore", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fusekit.gradients import multiply_gradients
+from fusekit.passes.delayed import step_skipped
 
 FLOOR, CEILING = 2.0**-24, 2.0**24
 STATE = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
@@ -187,7 +188,10 @@ class LossScaler:
         window.stage = "stepped"
         if on_device:
             return _step_on_device(optimizer, None if divided else scale, self._found([window]), kwargs)
-        return None if self._found([window]).item() else optimizer.step(**kwargs)
+        if self._found([window]).item():
+            step_skipped(optimizer)
+            return None
+        return optimizer.step(**kwargs)
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Once a window, after every `step`: grow or back off; or set the scale.

@@ -17,6 +17,7 @@ from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.passes import _compat
 from fusekit.passes.capture import Failure
 from fusekit.passes.config import Config
+from fusekit.passes.delayed import ModelScales
 from fusekit.passes.region import Settings
 from fusekit.precision_controller import PrecisionController
 from fusekit.precision_plan import PrecisionPlan
@@ -56,8 +57,9 @@ def optimize(
         model: any module. What cannot be captured runs as it was written, and one warning names the line.
         precision: "keep" changes no dtype; "tf32", "fp16" and "bf16" keep float32 Parameters as master
             weights and place casts in the graph. "fp8" does as "bf16" and casts the operands of linear
-            layers to FP8, as a Recipe, or the name of one from PRESETS, says in detail. "auto" decides for
-            each product of each layer from samples of the run, as AutoPrecision says in detail; a
+            layers to FP8, as a Recipe, or the name of one from PRESETS, says in detail. What delayed scales
+            remember between steps is in `precision_state(model)`, and in no state_dict of the model's. "auto"
+            decides for each product of each layer from samples of the run, as AutoPrecision says in detail; a
             PrecisionPlan, or the path of one (*.json), is followed from the first step.
         fuse: "all", "none", or names of ops from fusekit.kernels.OPS.
         remainder: what runs the nodes that no rule took; "auto" is Inductor on CUDA and eager elsewhere.
@@ -86,6 +88,7 @@ def optimize(
         remainder=_choice("remainder", remainder, REMAINDERS),
         strict=bool(strict),
         keep_logits=bool(keep_logits),
+        scales=ModelScales(model, recipe) if recipe and recipe.delayed else None,
     )
     _check_tensors(model, settings.precision)
     hooks = _verify_hooks(verify)
@@ -144,11 +147,6 @@ def _precision(precision: Any) -> tuple[str, Recipe | None]:
         recipe = PRESETS[precision]
     else:
         return _choice("precision", precision, [*PRECISIONS, *PRESETS], _SYNONYMS), None
-    if recipe.delayed:
-        raise ValueError(
-            "precision: a recipe with delayed=True needs the largest values of earlier steps, which "
-            "optimize does not keep; use delayed=False, which reads each tensor's own"
-        )
     return "fp8", recipe
 
 
@@ -251,7 +249,7 @@ def _capture_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """One forward pass whose traces in random state and buffers are wiped."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), SESSIONS[model].own_calls():
             model(*args, **kwargs)
     finally:
         with torch.no_grad():

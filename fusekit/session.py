@@ -64,10 +64,12 @@ class Session:
 
     @contextlib.contextmanager
     def own_calls(self) -> Iterator[None]:
-        """The model is called by fusekit itself: that is no training, and nothing is sampled or decided."""
+        """The model is called by fusekit itself, which is no training: nothing is sampled, decided or kept."""
         before, self._own_calls = self._own_calls, True
+        scales = self.settings.scales
         try:
-            yield
+            with contextlib.nullcontext() if scales is None else scales.pause():
+                yield
         finally:
             self._own_calls = before
 

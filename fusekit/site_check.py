@@ -76,10 +76,11 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
             {name: fused_results[name] for name in eager_results}, eager_results, truth, dtype=dtype,
             terms=longest_sum(args), inherent=OPS[fusion.op].inherent, tf32=_is_tf32(names, args),
         )  # fmt: skip
-    seconds = _times(lambda: _step(fused, args), lambda: eager.step(args)) if timed else (None, None)
+    whole = tuple(map(_without_operands, args))
+    seconds = _times(lambda: _step(fused, whole), lambda: eager.step(args)) if timed else (None, None)
     return SiteCertificate(
         site=fusion.site, op=fusion.op, rule=fusion.rule, location=fusion.location, dtype=_name(dtype),
-        shapes=tuple(tuple(a.shape) for a in args if isinstance(a, Tensor)), checks=tuple(checks),
+        shapes=tuple(tuple(args[i].shape) for i in eager.positions), checks=tuple(checks),
         fused_seconds=seconds[0], eager_seconds=seconds[1], bytes_saved=fusion.bytes_saved,
         reason="; ".join(f"{c.name}: {c.reason}" for c in checks if not c.ok),
     )  # fmt: skip
@@ -92,7 +93,9 @@ class _Replaced:
         assert fusion.eager is not None
         self.module = _rewritten(fusion.eager, _dropout_off)
         self.wide = _rewritten(self.module, _widen_literals)
-        self.positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        # What later passes gave the fused node, delayed scales, comes after what it was matched with.
+        self.positions = positions[: fusion.inputs.count(None)]
         self.extra = tuple(extra[name] for name in fusion.inputs if name is not None)
 
     def _inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -174,6 +177,11 @@ def _add_up(results: dict[str, Tensor], repeated: Mapping[str, str]) -> None:
 
 def _private(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def _without_operands(value: Any) -> Any:
+    """Timed, a layer quantises its own operands: that they came quantised was somebody's time too."""
+    return None if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value) else value
 
 
 def _replace(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 
 One run is a folder: checkpoint.pt, metrics.jsonl, loss.png, with precision "auto" precision.json. A run that
 was killed at any moment and resumed ends with the same bits as one that was not: the checkpoint holds
-weights, optimizer, loss scale, random generators, the position in the data and the step, and the levels of
-precision "auto"; everything else is a function of the configuration.
+weights, optimizer, loss scale, delayed FP8 scales, random generators, the position in the data and the step,
+and the levels of precision "auto"; everything else is a function of the configuration.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fusekit.meter import Stopwatch, peak_memory
 from fusekit.monitor import Metrics, Monitor, read_metrics
 from fusekit.plots import plot_losses
 from fusekit.precision_plan import PLAN_FILE
+from fusekit.precision_state import PrecisionState, precision_state
 from fusekit.session import auto_precision
 from fusekit.train_config import TrainConfig
 
@@ -67,6 +68,8 @@ class Trainer:
         self.model = model.to(self.device).train()
         self.forward = provide(self.model, config)
         self.precision = auto_precision(self.model) if config.precision == "auto" else None
+        ours = config.provider == "fusekit"
+        self.scales = precision_state(self.model) if ours else PrecisionState(None)
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
         if self.scaler.is_enabled():  # read on the device, by steps that were not skipped
@@ -196,6 +199,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "scales": self.scales.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "validation_loss": self.validation_loss,
         }
@@ -229,6 +233,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.precision is not None:
             self.precision.load_state_dict(state["precision"])
+        self.scales.load_state_dict(state.get("scales", {}))
         torch.set_rng_state(state["random"]["cpu"])
         if state["random"]["cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])

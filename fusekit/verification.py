@@ -92,7 +92,7 @@ def _record_gains(captured: CapturedRegion, sites: list[SiteCertificate]) -> Non
 
 @contextlib.contextmanager
 def _undisturbed(opened: Session) -> Iterator[None]:
-    """Random state and buffers as before, and no hook of the session fires."""
+    """Random state, buffers and delayed scales as before, and no hook of the session fires."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in opened.model.buffers()]
     hooks, opened.after_call = opened.after_call, []
     try:

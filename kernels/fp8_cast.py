@@ -6,7 +6,8 @@ transposed tensor. Inverse scales are stored group-major, (column groups, row gr
 of groups a step.
 
     tensor           a pass for amax (integer maximum of patterns: NaN > infinity > finite), a pass that casts
-    tensor, delayed  one pass: scale is known, amax rides along
+    tensor, delayed  one pass: scale is known, amax rides along. Before the first step there is none,
+                     which only the device knows: a kernel that ends at once where there is one finds amax
     row              as tensor, with the largest magnitudes of all rows and all columns from one pass
     block, mx        one pass: a group never leaves its tile
 
@@ -28,6 +29,7 @@ from fusekit.kernels.launch import capability, launch
 from fusekit.kernels.recipe import LARGEST, Recipe
 
 TILE = 128
+FIRST_PROGRAMS = 256  # of first_amax_kernel: starting them is all that it costs after the first step
 WARPS = 16  # with 8, both layouts of float32 rows take 128 registers and spill
 
 _ONE = tl.constexpr(127)  # the exponent field of 1
@@ -111,6 +113,23 @@ def amax_kernel(
 
 
 @triton.jit
+def first_amax_kernel(x_ptr, scale_ptr, amax_ptr, inverse_ptr, M, K, stride_m, stride_k, TILE: tl.constexpr):
+    """1 / scale to inverse; or, where the scale is 0, the largest magnitude of x to amax."""
+    scale = tl.load(scale_ptr)
+    if scale > 0:
+        if tl.program_id(0) == 0:
+            tl.store(inverse_ptr, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
+    else:
+        columns_of_tiles = tl.cdiv(K, TILE)
+        for tile in range(tl.program_id(0), tl.cdiv(M, TILE) * columns_of_tiles, tl.num_programs(0)):
+            rows = (tile // columns_of_tiles) * TILE + tl.arange(0, TILE)
+            columns = (tile % columns_of_tiles) * TILE + tl.arange(0, TILE)
+            x = _load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k)
+            magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            tl.atomic_max(amax_ptr, tl.max(tl.max(magnitude, axis=1), axis=0), sem="relaxed")
+
+
+@triton.jit
 def _store_codes(y, codes_ptr, rows, columns, R, pitch, E5M2: tl.constexpr, HARDWARE: tl.constexpr):
     """Every column: those past the end are the padding's zeros."""
     offsets = rows.to(tl.int64)[:, None] * pitch + columns[None, :]
@@ -125,6 +144,7 @@ def cast_kernel(
     LARGEST_CODE: tl.constexpr, TOP: tl.constexpr, LEAST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
+    """SCALING "delayed": amax_t holds the largest magnitude of x where scale is 0."""
     row_block, column_block = tl.program_id(0), tl.program_id(1)
     rows = row_block * TILE + tl.arange(0, TILE)
     columns = column_block * TILE + tl.arange(0, TILE)
@@ -137,12 +157,17 @@ def cast_kernel(
             if (row_block == 0) & (column_block == 0):
                 tl.store(inverse_ptr, inverse)
         elif SCALING == "delayed":
-            scale = tl.load(scale_ptr)
+            given = tl.load(scale_ptr)
+            own, inverse = scales_of(tl.load(amax_t_ptr), LARGEST_CODE, TOP, LEAST, POWER_OF_TWO)
+            scale = tl.where(given > 0, given, own)
             largest = tl.max(tl.max(magnitude, axis=1), axis=0)
             if amax_ptr is not None:
                 tl.atomic_max(amax_ptr, largest, sem="relaxed")
-            # inverse holds 1 / scale; the pattern of NaN is above it
-            tl.atomic_max(inverse_ptr, 0x7FC00000, mask=largest >= 0x7F800000, sem="relaxed")
+            # Where a scale was given inverse holds 1 / scale, and the pattern of NaN is above it.
+            overflow = (largest >= 0x7F800000) & (given > 0)
+            tl.atomic_max(inverse_ptr, 0x7FC00000, mask=overflow, sem="relaxed")
+            first = (row_block == 0) & (column_block == 0) & (given <= 0)
+            tl.store(inverse_ptr, inverse.to(tl.int32, bitcast=True), mask=first)
         else:
             largest = tl.max(tl.max(magnitude, axis=1), axis=0)
             scale, inverse = scales_of(largest, LARGEST_CODE, TOP, LEAST, POWER_OF_TWO)
@@ -232,7 +257,7 @@ def cast(
         x: (M, K), any strides.
         dtype: of the codes.
         plain, transposed: of `empty_operand`. With one scale a tensor, transposed.inverse is plain's too.
-        scale: one float32 element, of delayed scaling.
+        scale: one float32 element, of delayed scaling; 0 stands for none yet, and x's own is used.
         amax: one float32 element that is raised to x's largest magnitude, where one scale serves a tensor.
         hardware: whether the processor casts; by default where its cast is exact.
     """
@@ -248,8 +273,13 @@ def cast(
         assert scale is not None
         inverse = inverse if inverse is not None else inverse_t
         assert inverse is not None
-        inverse.copy_(scale.reciprocal())
-        maxima = (None if amax is None else amax.view(torch.int32), None)
+        first = torch.zeros(1, dtype=torch.int32, device=x.device)
+        programs = min(grid[0] * grid[1], FIRST_PROGRAMS)
+        launch(
+            first_amax_kernel, (programs,), x, scale, first, inverse, M, K, *x.stride(), TILE=TILE,
+            num_warps=WARPS,
+        )  # fmt: skip
+        maxima = (None if amax is None else amax.view(torch.int32), first)
         inverse = inverse.view(torch.int32)
     elif scaling in ("tensor", "row"):
         by_row = scaling == "row"
@@ -260,7 +290,7 @@ def cast(
     if scaling == "tensor":
         inverse = inverse if inverse is not None else inverse_t
         if amax is not None and maxima[0] is not None:
-            patterns = amax.view(torch.int32)
+            patterns = amax.data.view(torch.int32)  # .data: see linear_fp8_cpu.through_fp8
             torch.maximum(patterns, maxima[0], out=patterns)
     constants: dict[str, Any] = {
         "SCALING": scaling,

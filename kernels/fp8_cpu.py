@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusekit.kernels.fp8_format import inverse_of, scale_of, spread
+from fusekit.kernels.fp8_format import inverse_of, spread, used_scale
 from fusekit.kernels.recipe import LARGEST
 
 BLOCK = 1 << 18  # elements: 1 MiB of float32. 2^16 and 2^21 are 45 % and 20 % slower
@@ -71,6 +71,8 @@ def through_fp8(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dequantise(quantise(x)) of fp8_format, bit for bit but for signs of zeros, and the amax of the groups.
 
+    The values are laid out as x where x or its transpose is contiguous, else contiguous.
+
     Args:
         x: (R, C) float32, float16 or bfloat16, any strides.
         code: the FP8 dtype in between.
@@ -87,7 +89,7 @@ def through_fp8(
     if not x.numel():
         return output, torch.zeros(-(-rows // group[0]), -(-columns // group[1]))
     amax = amax_of(x, group)
-    used = scale_of(amax, code, power_of_two) if scale is None else scale.float().expand_as(amax)
+    used = used_scale(amax, code, power_of_two, scale)
     inverse = inverse_of(used, amax)
     scaled = not power_of_two or bool((amax > LARGEST_AMAX).any())
     limits = None if scale is None else LARGEST[code] if scaled else LARGEST[code] * inverse

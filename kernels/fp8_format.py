@@ -74,6 +74,14 @@ def scale_of(amax: Tensor, dtype: torch.dtype, power_of_two: bool = True) -> Ten
     return torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
 
 
+def used_scale(
+    amax: Tensor, dtype: torch.dtype, power_of_two: bool = True, given: Tensor | None = None
+) -> Tensor:
+    """The delayed scale of a group where one is `given`; the group's own where none is, or where it is 0."""
+    own = scale_of(amax, dtype, power_of_two)
+    return own if given is None else torch.where(given > 0, given.float(), own)
+
+
 def inverse_of(scale: Tensor, amax: Tensor) -> Tensor:
     """What multiplies a code; NaN where the group had a NaN or an infinity."""
     return torch.where(amax.isfinite(), 1.0 / scale, torch.full_like(scale, torch.nan))
@@ -105,14 +113,15 @@ def quantise(
         dtype: of the codes.
         group: rows and columns that share a scale.
         power_of_two: see the head of this file.
-        scale: one element, of earlier steps, instead of x's own; larger values then saturate.
+        scale: one element, of earlier steps, instead of x's own; larger values then saturate. 0 stands for
+            none: no step has been seen yet.
     """
     rows, columns = (int(size) for size in x.shape)
     if not x.numel():
         groups = (-(-rows // group[0]), -(-columns // group[1]))
         return Operand(torch.empty_like(x, dtype=dtype), x.new_ones(groups, dtype=torch.float32))
     amax = amax_of(x, group)
-    used = scale_of(amax, dtype, power_of_two) if scale is None else scale.float().expand_as(amax)
+    used = used_scale(amax, dtype, power_of_two, scale)
     codes = encode(x.detach().float() * spread(used, group, (rows, columns)), dtype)
     return Operand(codes, inverse_of(used, amax))
 

@@ -8,8 +8,12 @@ Micikevicius et al. 2022, arXiv:2209.05433, section 3. A layer has three slots: 
 launch, or one call on a CPU, without synchronisation. amax is a running maximum, so micro-batches accumulate
 and the second forward pass of a checkpoint changes nothing.
 
-An amax that is zero, infinite or NaN says nothing about the next step: it leaves an empty place in the
-history, and a history of empty places leaves the scale. One overflowing step therefore harms no scale.
+A scale of 0 says that nothing has been seen yet: `linear_fp8` then takes the tensor's own scale, so the first
+step of a run is one with current scales, bit for bit.
+
+An amax that is zero, infinite or NaN says nothing about the next step: the slot's history stands still and
+its scale stays. So a second optimizer's step, a layer that took no part and a step that overflowed change
+nothing.
 """
 
 from __future__ import annotations
@@ -32,43 +36,65 @@ _LEAST_FIELD = 127 - 92  # of amax: smaller ones count as 2^-92, so that code / 
 
 
 @triton.jit
-def update_kernel(history_ptr, amax_ptr, scale_ptr, cursor_ptr, top_ptr, H, BLOCK: tl.constexpr):
+def update_kernel(
+    history_ptr, amax_ptr, scale_ptr, cursor_ptr, top_ptr, taken_ptr, skip_ptr, H, BLOCK: tl.constexpr
+):
     """One slot a program. amax, scale and history are float32 seen as their integer patterns."""
     slot = tl.program_id(0).to(tl.int64)
     amax, cursor = tl.load(amax_ptr + slot), tl.load(cursor_ptr + slot)
-    amax = tl.where(amax < 0x7F800000, amax, 0)
+    taken = amax > 0
+    if taken_ptr is not None:
+        taken = taken & (tl.load(taken_ptr + slot) > 0)
+    moves = taken & (amax < 0x7F800000)
+    if skip_ptr is not None:
+        moves = moves & (tl.load(skip_ptr) == 0)
     places = tl.arange(0, BLOCK)
     history = tl.load(history_ptr + slot * H + places, mask=places < H, other=0)
     largest = tl.max(tl.where(places == cursor, amax, history), axis=0)
     exponent = tl.maximum(largest >> 23, 35) + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
     scale = (254 + tl.load(top_ptr + slot) - exponent) << 23
-    tl.store(history_ptr + slot * H + cursor, amax)
-    tl.store(scale_ptr + slot, tl.where(largest > 0, scale, tl.load(scale_ptr + slot)))
-    tl.store(amax_ptr + slot, 0)
-    tl.store(cursor_ptr + slot, (cursor + 1) % H)
+    tl.store(history_ptr + slot * H + cursor, amax, mask=moves)
+    tl.store(scale_ptr + slot, scale, mask=moves)
+    tl.store(cursor_ptr + slot, (cursor + 1) % H, mask=moves)
+    tl.store(amax_ptr + slot, 0, mask=taken)
 
 
-def update(history: Tensor, amax: Tensor, scale: Tensor, cursor: Tensor, top: Tensor) -> None:
-    """Move every history by one step, in place.
+def update(
+    history: Tensor,
+    amax: Tensor,
+    scale: Tensor,
+    cursor: Tensor,
+    top: Tensor,
+    taken: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """Move the histories by one step, in place, and empty amax.
 
     Args:
         history: (S, H) float32; amax, scale: (S,) float32; cursor: (S,) int32, the next place.
         top: (S,) int32, the exponent of each slot's largest code, less the margin.
+        taken: (S,) int32, 0 where a slot is left alone, its amax included; None: all are taken.
+        skip: one float32, not 0 where the step was skipped: amax is emptied and nothing moves.
     """
     S, H = history.shape
     patterns = [t.view(torch.int32) for t in (history, amax, scale)]
     if on_gpu(amax):
         block = triton.next_power_of_2(H)
-        launch(update_kernel, (S,), *patterns, cursor, top, H, BLOCK=block, num_warps=4)
+        launch(update_kernel, (S,), *patterns, cursor, top, taken, skip, H, BLOCK=block, num_warps=4)
         return
-    places, seen, scales = patterns
-    seen.masked_fill_(seen >= _INFINITY, 0)
-    places.scatter_(1, cursor.long()[:, None], seen[:, None])
+    # .data: backward passes that are still to come, of layers that are not taken, have saved views of these.
+    places, seen, scales, cursor = (t.data for t in (*patterns, cursor))
+    emptied = seen > 0 if taken is None else (seen > 0) & (taken > 0)
+    moves = emptied & (seen < _INFINITY)
+    if skip is not None:
+        moves &= skip == 0
+    here = cursor.long()[:, None]
+    places.scatter_(1, here, torch.where(moves[:, None], seen[:, None], places.gather(1, here)))
     largest = places.amax(1)
     exponent = (largest >> 23).clamp_(min=_LEAST_FIELD) + ((largest & _MANTISSA) > _THREE_QUARTERS).int()
-    scales.copy_(torch.where(largest > 0, (254 + top - exponent) << 23, scales))
-    amax.zero_()
-    cursor.add_(1).remainder_(H)
+    scales.copy_(torch.where(moves, (254 + top - exponent) << 23, scales))
+    cursor.copy_(torch.where(moves, (cursor + 1) % H, cursor))
+    seen.masked_fill_(emptied, 0)
 
 
 class DelayedScales:
@@ -97,7 +123,7 @@ class DelayedScales:
         dtypes = [dtype for r in recipes for dtype in (r.forward, r.forward, r.gradient)]
         tops = [TOP_EXPONENT[dtype] - margin for dtype in dtypes]
         self.top = torch.tensor(tops, dtype=torch.int32, device=device)
-        self.scale = torch.ones(slots, device=device)
+        self.scale = torch.zeros(slots, device=device)
         self.amax = torch.zeros(slots, device=device)
         self.history = torch.zeros(slots, length, device=device)
         self.cursor = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -107,14 +133,25 @@ class DelayedScales:
         slots = slice(SLOTS * index, SLOTS * (index + 1))
         return self.scale[slots], self.amax[slots]
 
-    def update(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Once a step, after the last backward pass; ranks of `group`, or all, agree on the largest amax."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+    def update(
+        self,
+        group: torch.distributed.ProcessGroup | None = None,
+        *,
+        taken: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Once a step, after the last backward pass.
+
+        Args:
+            group: ranks that agree on the largest amax; None: this process alone.
+            taken, skip: as of `update` above.
+        """
+        if group is not None:
             # As integers NaN is the largest; the maximum of floats may drop it.
             torch.distributed.all_reduce(
                 self.amax.view(torch.int32), torch.distributed.ReduceOp.MAX, group=group
             )
-        update(self.history, self.amax, self.scale, self.cursor, self.top)
+        update(self.history, self.amax, self.scale, self.cursor, self.top, taken, skip)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds; amax too, for one taken between two micro-batches."""

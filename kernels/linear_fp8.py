@@ -12,15 +12,18 @@ M rows (tokens, the leading dimensions of x), N output features, K input feature
 Saved for backward: the operands of the two later products as they enter them, and z where act' needs it.
 
 Delayed scales: `scale` (3,) of x, weight and gradient is used as it is. Where `amax` (3,) is given it is
-raised to the largest magnitudes seen, with current scales too, as before the first step. That is idempotent:
-the second forward pass of an activation checkpoint leaves it as it was. Histories move once a step:
-fp8_history.py.
+raised to the largest magnitudes seen, with current scales too. That is idempotent: the second forward pass of
+an activation checkpoint leaves it as it was. A scale of 0 says that no step has been seen: the tensor's own
+is used, as it is where `scale` is left out. Histories move once a step: fp8_history.py.
+
+`x_operand` and `w_operand` are x and weight as fp8_operand.py quantised them, in the layouts that it was
+asked for. What is absent is quantised here. Where one is given, its scale counts and not that in `scale`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +34,7 @@ from fusekit.kernels import linear_fp8_cpu, linear_fp8_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_cast import empty_operand
 from fusekit.kernels.fp8_format import Operand, dequantise, group_of, quantise
+from fusekit.kernels.fp8_operand import Quantised, read, why_not
 from fusekit.kernels.launch import on_gpu, recording
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.linear_act import _optional_rows, _rows, _stores_z
@@ -80,11 +84,24 @@ def reference(
     recipe: str = "fp8-tensorwise",
     scale: Tensor | None = None,
     amax: Tensor | None = None,
+    x_operand: Sequence[Tensor] | None = None,
+    w_operand: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """The same in plain PyTorch; products in at least float32, one rounding. Leaves amax alone."""
+    """The same in plain PyTorch; products in at least float32, one rounding. Leaves amax alone, and reads
+    nothing of operands but the delayed scale they were made with."""
+    scale = _scales_of_operands(scale, x_operand, w_operand) if Recipe.parse(recipe).delayed else scale
     z = _StraightThrough.apply(_rows(x), weight, Recipe.parse(recipe), scale)
     z = z if bias is None else z + bias.to(z.dtype)
     return ACTIVATIONS[act].reference(z).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _scales_of_operands(scale: Tensor | None, *operands: Sequence[Tensor] | None) -> Tensor | None:
+    for which, operand in enumerate(operands):
+        inverses = [t for t in (Quantised(*operand)[1::2] if operand else ()) if t.dim() == 2]
+        if scale is not None and inverses:
+            scale = scale.clone()
+            scale[which] = inverses[0].flatten()[0].reciprocal()
+    return scale
 
 
 def _empty_saved(x: Tensor, dtype: torch.dtype, recipe: Recipe, weight: bool) -> tuple[Tensor, Tensor]:
@@ -103,16 +120,19 @@ def _empty_forward(
     recipe: str,
     scale: Tensor | None,
     amax: Tensor | None,
+    x_operand: list[Tensor],
+    w_operand: list[Tensor],
     saves: list[bool],
 ) -> tuple[Tensor, ...]:
-    """y, z, and the operands of grad_weight (from x) and grad_input (from weight) with inverse scales."""
+    """y, z, and the operands of grad_weight (from x) and grad_input (from weight) with inverse scales, but
+    those that are given."""
     chosen = Recipe.parse(recipe)
     shape = (*x.shape[:-1], weight.shape[0])
     stores = saves[2] and _stores_z(act, None)
     x_saved, x_inverse, w_saved, w_inverse = (x.new_empty((0,), dtype=torch.float32) for _ in range(4))
-    if saves[0] and chosen.grad_weight:
+    if saves[0] and chosen.grad_weight and read(x_operand, chosen, linear_fp8_cpu.X)[1] is None:
         x_saved, x_inverse = _empty_saved(_rows(x), x.dtype, chosen, False)
-    if saves[1] and chosen.grad_input:
+    if saves[1] and chosen.grad_input and read(w_operand, chosen, linear_fp8_cpu.WEIGHT)[1] is None:
         w_saved, w_inverse = _empty_saved(weight, x.dtype, chosen, True)
     return x.new_empty(shape), x.new_empty(shape if stores else (0,)), x_saved, x_inverse, w_saved, w_inverse
 
@@ -125,21 +145,26 @@ def _forward(
     recipe: str,
     scale: Tensor | None,
     amax: Tensor | None,
+    x_operand: list[Tensor],
+    w_operand: list[Tensor],
     saves: list[bool],
 ) -> tuple[Tensor, ...]:
-    results = _empty_forward(x, weight, bias, act, recipe, scale, amax, saves)
+    results = _empty_forward(x, weight, bias, act, recipe, scale, amax, x_operand, w_operand, saves)
     y, z, x_saved, x_inverse, w_saved, w_inverse = results
-    arguments = (_rows(x), weight, bias, act, Recipe.parse(recipe), scale, amax)
+    chosen = Recipe.parse(recipe)
+    arguments = (_rows(x), weight, bias, act, chosen, scale, amax)
+    x_given, w_given = read(x_operand, chosen, 0)[0], read(w_operand, chosen, 1)[0]
     outputs = (_rows(y), _rows(z) if z.dim() == y.dim() and z.numel() else None)
-    keeps = [kept.dim() == 2 for kept in (x_saved, w_saved)]
+    keeps_x, keeps_w = x_saved.dim() == 2, w_saved.dim() == 2
     if not on_gpu(x):
-        saved = (kept if keep else None for kept, keep in zip((x_saved, w_saved), keeps, strict=True))
-        linear_fp8_cpu.forward(*arguments, *outputs, *saved)
-    elif x.numel() or recording():
-        held = (Operand(x_saved, x_inverse), Operand(w_saved, w_inverse))
-        linear_fp8_gpu.forward(
-            *arguments, *outputs, *(h if k else None for h, k in zip(held, keeps, strict=True))
+        linear_fp8_cpu.forward(
+            *arguments, *outputs, x_saved if keeps_x else None, w_saved if keeps_w else None, x_given, w_given
         )
+    elif x.numel() or recording():
+        linear_fp8_gpu.forward(
+            *arguments, *outputs, Operand(x_saved, x_inverse) if keeps_x else None,
+            Operand(w_saved, w_inverse) if keeps_w else None, x_given, w_given,
+        )  # fmt: skip
     return results
 
 
@@ -196,12 +221,14 @@ def _backward(
         linear_fp8_gpu.backward(_rows(grad_output), _rows(x), x_inverse, weight, w_inverse, *rest)
     else:
         linear_fp8_cpu.backward(_rows(grad_output), _rows(x), weight, *rest)
-    return grads
+    # .data: at version 0, as a gradient that nobody has touched; passes/weights.py tells a window by it.
+    return grads[0].data, grads[1].data, grads[2].data
 
 
 forward_op = define(
     "linear_fp8_forward(Tensor x, Tensor weight, Tensor? bias, str act, str recipe, Tensor? scale,"
-    " Tensor(a!)? amax, bool[3] saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor(a!)? amax, Tensor[] x_operand, Tensor[] w_operand, bool[3] saves)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _empty_forward,
 )
@@ -225,17 +252,23 @@ class _LinearFp8(torch.autograd.Function):
         recipe: str,
         scale: Tensor | None,
         amax: Tensor | None,
+        x_operand: list[Tensor],
+        w_operand: list[Tensor],
     ) -> Tensor:
         chosen = Recipe.parse(recipe)
         needs = list(ctx.needs_input_grad[:3])
         saves = [needs[1], needs[0], any(needs)]
         y, z, x_saved, x_inverse, w_saved, w_inverse = forward_op(
-            x, weight, bias, act, recipe, scale, amax, saves
+            x, weight, bias, act, recipe, scale, amax, x_operand, w_operand, saves
         )
         if saves[0] and not chosen.grad_weight:
             x_saved = x
+        elif saves[0] and (given := read(x_operand, chosen, linear_fp8_cpu.X)[1]) is not None:
+            x_saved, x_inverse = given
         if saves[1] and not chosen.grad_input:
             w_saved = weight
+        elif saves[1] and (given := read(w_operand, chosen, linear_fp8_cpu.WEIGHT)[1]) is not None:
+            w_saved, w_inverse = given
         stores = any(needs) and act != "none"
         saved = None if not stores else z if _stores_z(act, None) else y
         ctx.save_for_backward(x_saved, x_inverse, w_saved, w_inverse, saved, scale)
@@ -261,7 +294,7 @@ class _LinearFp8(torch.autograd.Function):
                 weight_dtype, bias_dtype, ctx.needs,
             )  # fmt: skip
             found = [grad if need else None for grad, need in zip(computed, ctx.needs, strict=True)]
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None, None
 
 
 MULTIPLE = 16  # features: tensor cores take FP8 rows that are 16 bytes apart
@@ -275,6 +308,8 @@ def supports(
     recipe: str = "fp8-tensorwise",
     scale: Tensor | None = None,
     amax: Tensor | None = None,
+    x_operand: Sequence[Tensor] | None = None,
+    w_operand: Sequence[Tensor] | None = None,
 ) -> str | None:
     """None, or why linear_fp8 does not run on these arguments."""
     if act not in ACTIVATIONS:
@@ -300,10 +335,11 @@ def supports(
     for name, state in (("scale", scale), ("amax", amax)):
         if state is not None and (state.dtype != torch.float32 or tuple(state.shape) != (3,)):
             return f"{name} is {state.dtype} {tuple(state.shape)}, not float32 (3,): x, weight, gradient"
-    if chosen.delayed and scale is None:
-        return "the recipe has delayed scales: give `scale`, or use delayed=False"
     if amax is not None and chosen.scaling != "tensor":
         return f"amax is of one group a tensor, and scaling={chosen.scaling!r} has many; leave it out"
+    for operand, tensor in ((x_operand, x), (w_operand, weight)):
+        if reason := why_not(operand, tensor):
+            return reason
     return not_runnable(x, weight, bias, scale, amax)
 
 
@@ -315,14 +351,16 @@ def _checked(
     recipe: str = "fp8-tensorwise",
     scale: Tensor | None = None,
     amax: Tensor | None = None,
+    x_operand: Sequence[Tensor] | None = None,
+    w_operand: Sequence[Tensor] | None = None,
 ) -> tuple[Any, ...]:
     # Autocast lowers x alone: the weight is quantised from its master, and scale and amax stay float32.
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    reason = supports(x, weight, bias, act, recipe, scale, amax)
+    reason = supports(x, weight, bias, act, recipe, scale, amax, x_operand, w_operand)
     if reason is not None:
         raise ValueError(f"linear_fp8: {reason}")
-    return x, weight, bias, act, recipe, scale, amax
+    return x, weight, bias, act, recipe, scale, amax, list(x_operand or ()), list(w_operand or ())
 
 
 def _infer(*args: Any) -> Tensor:
@@ -340,7 +378,8 @@ def _fake(*args: Any) -> Tensor:
 
 fused = define(
     "linear_fp8(Tensor x, Tensor weight, Tensor? bias=None, str act='none', str recipe='fp8-tensorwise',"
-    " Tensor? scale=None, Tensor(a!)? amax=None) -> Tensor",
+    " Tensor? scale=None, Tensor(a!)? amax=None, Tensor[]? x_operand=None, Tensor[]? w_operand=None)"
+    " -> Tensor",
     _infer,
     _fake,
     autograd=_differentiable,
@@ -371,7 +410,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     strided, transposed = (t.detach().transpose(0, 1).requires_grad_() for t in (x, weight))
     yield Sample(args=(strided, transposed, None, "none", "fp8-block"), name="strided_conv1d")
     yield Sample(args=(make(32), make(16, 32), make(16)), name="vector")
-    variants = {name: recipe.token() for name, recipe in PRESETS.items()}
+    variants = {name: recipe.token() for name, recipe in PRESETS.items() if not recipe.delayed}
     for accumulation in ("fast", "fp32"):
         variants[accumulation] = replace(PRESETS["fp8-tensorwise"], accumulation=accumulation).token()
     for name, token in variants.items():

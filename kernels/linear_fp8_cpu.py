@@ -14,7 +14,7 @@ from torch import Tensor
 from fusekit.kernels import fp8_cpu, linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_exact import exact_product
-from fusekit.kernels.fp8_format import group_of
+from fusekit.kernels.fp8_format import Operand, group_of, inverse_of, used_scale
 from fusekit.kernels.recipe import Recipe
 
 X, WEIGHT, GRADIENT = range(3)
@@ -28,11 +28,19 @@ def operand_dtype(x_dtype: torch.dtype, recipe: Recipe) -> torch.dtype:
     return torch.float32
 
 
+def one_layout(recipe: Recipe, which: int) -> bool:
+    """Whether one group, or square ones, give both layouts of an operand the same values."""
+    return recipe.scaling == "tensor" or (which == WEIGHT and recipe.scaling == "block")
+
+
 def through_fp8(
     x: Tensor, recipe: Recipe, which: int, transposed: bool, scale: Tensor | None, amax: Tensor | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, inverse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Q(x) for the product that contracts x's last dimension, or its first where `transposed`; x's shape."""
+    """Q(x) for the product that contracts x's last dimension, or its first where `transposed`; x's shape.
+
+    inverse: one element that gets the inverse of a delayed scale.
+    """
     code = recipe.gradient if which == GRADIENT else recipe.forward
     rows, columns = (int(size) for size in x.shape)
     if transposed:
@@ -42,7 +50,14 @@ def through_fp8(
     own = scale[which] if recipe.delayed and scale is not None else None
     values, largest = fp8_cpu.through_fp8(x, code, (rows, columns), dtype, recipe.power_of_two, own)
     if amax is not None and x.numel():
-        torch.maximum(amax[which], largest.reshape(()), out=amax[which])
+        # .data: a checkpoint that keeps amax as an input would take the write for a change of its input, and
+        # its second pass finds the same maximum.
+        seen = amax.data[which]
+        torch.maximum(seen, largest.reshape(()), out=seen)
+    if inverse is not None:
+        if not x.numel():
+            largest = torch.zeros(1, 1)
+        inverse.copy_(inverse_of(used_scale(largest, code, recipe.power_of_two, own), largest))
     return values
 
 
@@ -68,28 +83,35 @@ def forward(
     z: Tensor | None,
     x_saved: Tensor | None,
     w_saved: Tensor | None,
+    x_given: Operand | None = None,
+    w_given: Operand | None = None,
 ) -> None:
-    """Write y and z, and Q(x) and Q(weight) as the two later products take them, where not None."""
+    """Write y and z, and Q(x) and Q(weight) as the two later products take them, where not None.
+
+    x_given, w_given: Q(x) and Q(weight) for this product, where they are made already.
+    """
     dtype = operand_dtype(x.dtype, recipe)
     operands = []
-    for t, which, saved in ((x, X, x_saved), (weight, WEIGHT, w_saved)):
-        own = through_fp8(t, recipe, which, False, scale, amax, dtype) if recipe.output else t.to(x.dtype)
-        # One group, or square ones: both layouts hold the same values.
-        same = recipe.scaling == "tensor" or (which == WEIGHT and recipe.scaling == "block")
+    for t, which, saved, given in ((x, X, x_saved, x_given), (weight, WEIGHT, w_saved, w_given)):
+        if not recipe.output:
+            own = t.to(x.dtype)
+        elif given is not None:
+            own = given.codes
+        else:
+            own = through_fp8(t, recipe, which, False, scale, amax, dtype)
         if saved is not None:
-            again = recipe.output and same
+            again = recipe.output and one_layout(recipe, which)
             saved.copy_(own if again else through_fp8(t, recipe, which, True, scale, amax, dtype))
         operands.append(own)
     x, weight = operands
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
+    wide = bias is not None and bias.dtype != x.dtype  # a float32 bias is added to float32 sums, as on a GPU
     if recipe.output and recipe.accumulation == "exact":
-        wide = exact_product(x, weight.t())
-        wide = wide if bias is None else wide + bias
-        for target, value in ((z, wide), (y, ACTIVATIONS[act].reference(wide))):
+        exact = exact_product(x, weight.t())
+        exact = exact if bias is None else exact + bias
+        for target, value in ((z, exact), (y, ACTIVATIONS[act].reference(exact))):
             if target is not None:
                 target.copy_(value)
-    elif x.dtype == y.dtype:
+    elif x.dtype == y.dtype and not wide:
         linear_cpu.forward(x, weight, bias, None, act, y, z)
     else:
         linear_cpu._forward_widened(x, weight, bias, None, act, y, z)

@@ -41,10 +41,18 @@ def forward(
     z: Tensor | None,
     x_saved: Operand | None,
     w_saved: Operand | None,
+    x_given: Operand | None = None,
+    w_given: Operand | None = None,
 ) -> None:
-    """Write y and z, and the transposed operands that the two later products take, where not None."""
-    x_operand = _cast(x, recipe, X, scale, amax, recipe.output, x_saved)
-    w_operand = _cast(weight, recipe, WEIGHT, scale, amax, recipe.output, w_saved)
+    """Write y and z, and the transposed operands that the two later products take, where not None.
+
+    x_given, w_given: operands of this product that are made already.
+    """
+    operands = []
+    for t, which, saved, given in ((x, X, x_saved, x_given), (weight, WEIGHT, w_saved, w_given)):
+        cast_here = _cast(t, recipe, which, scale, amax, recipe.output and given is None, saved)
+        operands.append(given if recipe.output and given is not None else cast_here)
+    x_operand, w_operand = operands
     bias = None if bias is None else bias.contiguous()
     if x_operand is None or w_operand is None:
         return matmul(x, weight.to(x.dtype).t(), y, bias=bias, act=act, z=z)

@@ -45,8 +45,10 @@ class Recipe:
         "fp32" is plain float32; "exact" rounds the exact sum once, the same bits on any machine, for tests.
     power_of_two: scales are powers of two, so scaling rounds nothing.
     head: the layer whose result is the model's output or goes to the loss is cast as well.
+    history, margin: of delayed scales: steps that are looked back on, 1 to 1024, and bits of headroom above
+        the largest value among them, 0 to 8.
     edge_blocks: so many first and last blocks of the model stay in high precision.
-    keep: modules that stay, by name or pattern ("blocks.*.attention"). These three are about a model and
+    keep: modules that stay, by name or pattern ("blocks.*.attention"). These five are about a model and
         are no part of the token.
     """
 
@@ -62,6 +64,8 @@ class Recipe:
     head: bool = False
     edge_blocks: int = 0
     keep: tuple[str, ...] = ()
+    history: int = 1024
+    margin: int = 0
 
     def __post_init__(self) -> None:
         for name in ("forward", "gradient"):
@@ -89,6 +93,11 @@ class Recipe:
             raise ValueError(
                 "Recipe: with scaling='mx' gradients of e5m2 are known to diverge; "
                 "use gradient=torch.float8_e4m3fn"
+            )
+        if not 1 <= self.history <= 1024 or not 0 <= self.margin <= 8:
+            raise ValueError(
+                f"Recipe: history is 1 to 1024 steps and margin 0 to 8 bits, "
+                f"got {self.history} and {self.margin}"
             )
         if self.edge_blocks < 0:
             raise ValueError(f"Recipe: edge_blocks is not negative, got {self.edge_blocks}")
@@ -134,6 +143,7 @@ _E4M3 = torch.float8_e4m3fn
 
 PRESETS: dict[str, Recipe] = {
     "fp8-tensorwise": Recipe(),
+    "fp8-delayed": Recipe(delayed=True),
     "fp8-rowwise": Recipe(gradient=_E4M3, scaling="row"),
     "fp8-rowwise-bf16-wgrad": Recipe(gradient=_E4M3, scaling="row", grad_weight=False),
     "fp8-block": Recipe(gradient=_E4M3, scaling="block"),

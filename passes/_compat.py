@@ -41,6 +41,7 @@ __all__ = [
     "InternalTorchDynamoError",
     "SkipFrame",
     "TorchDispatchMode",
+    "active_ddp_group",
     "autocast_key",
     "backend_inputs",
     "compile_call",
@@ -63,6 +64,7 @@ __all__ = [
     "take_graph_breaks",
     "trace_body",
     "tracing_fake_mode",
+    "untraced",
 ]
 
 Graph = fx.GraphModule
@@ -240,6 +242,19 @@ def ensure_callbacks(start: Callable[[Any], None], end: Callable[[Any], None]) -
 def never_trace(function: Callable[..., Any]) -> None:
     """Have Dynamo run this Python function as it is, wherever it meets it."""
     torch._dynamo.eval_frame.skip_code(function.__code__)
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a hook on optimizer steps: a compiled step breaks its graph there and runs it as it is."""
+    return torch.compiler.disable(function)
+
+
+def active_ddp_group() -> torch.distributed.ProcessGroup | None:
+    """The processes of the DistributedDataParallel module whose forward pass is running, if one is."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    module = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return None if module is None else module.process_group
 
 
 def compile_call(

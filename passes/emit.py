@@ -34,10 +34,10 @@ def emit(region: Region) -> None:
 
 
 def graph_inputs(region: Region, args: Sequence[Any]) -> Sequence[Any]:
-    """What the region's graph takes, from what Dynamo passes: the cast copies of parameters are added."""
+    """What the region's graph takes, from what Dynamo passes: copies of parameters and scales are added."""
     if not region.input_casts:
         return args
-    return cast_parameters(args, region.input_casts, region.weights)
+    return cast_parameters(args, region.input_casts, region.weights, region.settings.scales)
 
 
 @contextlib.contextmanager

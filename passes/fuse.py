@@ -99,7 +99,8 @@ class _Fuser:
         """A layer to FP8; that it stays is told once, by the row without an activation."""
         settings = self.region.settings
         assert settings.recipe is not None
-        match.arguments["recipe"] = settings.recipe.token()
+        # Delayed scales come with the pass `quantise`, where the layer's weight has slots.
+        match.arguments["recipe"] = replace(settings.recipe, delayed=False).token()
         in_checkpoint = self.module is not self.region.module
         reason = why_kept(match, settings, in_checkpoint=in_checkpoint)
         if reason is None:

@@ -16,6 +16,7 @@ from fusekit.passes.normalise import normalise
 from fusekit.passes.precision import place_casts
 from fusekit.passes.price import price
 from fusekit.passes.projections import decline_projections
+from fusekit.passes.quantise import quantise_once
 from fusekit.passes.region import Region
 
 PIPELINE: list[tuple[str, Callable[[Region], None]]] = [
@@ -27,6 +28,7 @@ PIPELINE: list[tuple[str, Callable[[Region], None]]] = [
     ("projections", decline_projections),  # undo those of qkv_linear that do not pay
     ("precision", place_casts),          # after fusing: fused ops keep float32 inside
     ("price", price),                    # undo what does not pay
+    ("quantise", quantise_once),         # each FP8 operand once, and delayed scales
     ("emit", emit),                      # a callable, eager or compiled
 ]  # fmt: skip
 

@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from fusekit.kernels import FP8_OPS
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import emulates_fp8
+from fusekit.passes.inputs import InputCast
 from fusekit.passes.lowering import Lowering
 from fusekit.passes.normalise import is_mutation
 from fusekit.passes.propagate import complete, dtype_of, tensors_of
-from fusekit.passes.region import Fusion, InputCast, Region
+from fusekit.passes.region import Fusion, Region
 from fusekit.passes.tf32 import allow_tf32
 
 LOW_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: what is around

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from fusekit.kernels.recipe import Recipe
 from fusekit.passes.config import Config
+from fusekit.passes.delayed import ModelScales
+from fusekit.passes.inputs import InputCast, InputOperand, InputScales
 from fusekit.passes.weights import WeightCache
 
 
@@ -49,6 +50,7 @@ class Settings:
     remainder: "auto", "eager", "inductor".
     strict: raise where a matmul, attention or norm stays unfused.
     keep_logits: False promises that only the loss is read.
+    scales: of a recipe with delayed scales.
     """
 
     precision: str = "keep"
@@ -60,6 +62,7 @@ class Settings:
     remainder: str = "auto"
     strict: bool = False
     keep_logits: bool = True
+    scales: ModelScales | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(kw_only=True)
@@ -102,15 +105,6 @@ class Refusal:
     rule: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputCast:
-    """Graph input `target` is the captured graph's input `source` cast to `dtype`, once per version."""
-
-    source: int
-    target: int
-    dtype: torch.dtype
-
-
 @dataclass(kw_only=True)
 class Region:
     """One captured graph on its way through the pipeline; passes change it in place."""
@@ -125,7 +119,7 @@ class Region:
     fusions: list[Fusion] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # that FP8 could take: (N, K) by name
-    input_casts: list[InputCast] = field(default_factory=list)
+    input_casts: list[InputCast | InputOperand | InputScales] = field(default_factory=list)
     weights: WeightCache = field(default_factory=WeightCache)
     unread: tuple[int, ...] = ()  # outputs the caller promised not to read: None in the graph
     notes: list[str] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""Low-precision copies of float32 Parameters, made once per update and not once per micro-batch.
+"""Low-precision copies of float32 Parameters, made once per update and not once per micro-batch: cast to 16
+bits, or quantised to FP8 in the layouts that a layer's products take.
 
 A stale copy would train on old weights without a word, so a copy is reused only where nothing can have
 written to its parameter. `Parameter._version` alone cannot tell: `p.data.add_()` and fused optimizers leave
@@ -15,9 +16,9 @@ it as it was. A copy is reused only if all of these hold:
     written *between the micro-batches of one window*, with `p.grad` left alone, is the one change that goes
     unseen.
 
-Every call gets a fresh alias of the copy. Refreshing writes in place where nobody holds the copy, and into
+Every call gets a fresh alias of a cast copy. Refreshing writes in place where nobody holds the copy, and into
 new memory where an unfinished autograd graph does, as eager would keep the old weights of a linear's
-backward alive.
+backward alive. A quantised copy carries no gradient, is handed out as it is, and is never written to again.
 """
 
 from __future__ import annotations
@@ -25,20 +26,26 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-if TYPE_CHECKING:
-    from fusekit.passes.region import InputCast
+from fusekit.kernels.fp8_operand import fp8_operand
+from fusekit.kernels.linear_fp8_cpu import WEIGHT
+from fusekit.passes import _compat
+from fusekit.passes.delayed import ModelScales
+from fusekit.passes.inputs import InputCast, InputOperand, InputScales
+
+Copied = InputCast | InputOperand
 
 SAMPLES = 16  # elements compared per parameter on the CPU
 
 _optimizer_steps = 0
 
 
+@_compat.untraced
 def _count_step(*_: Any) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
@@ -50,9 +57,10 @@ register_optimizer_step_post_hook(_count_step)
 
 @dataclass
 class _Copy:
-    """One parameter's copy and the state it was made in."""
+    """One parameter's copy, of one or more tensors, and the state it was made in."""
 
-    low: Tensor
+    parts: tuple[Tensor, ...]
+    shape: torch.Size
     parameter: weakref.ref[Tensor]
     address: int = 0
     version: int = -1
@@ -62,6 +70,10 @@ class _Copy:
     updates_seen: bool = False
     sample: Tensor | None = None
     idle_users: int = 0
+
+    @property
+    def low(self) -> Tensor:
+        return self.parts[0]
 
 
 class WeightCache:
@@ -74,29 +86,42 @@ class WeightCache:
 
 
 def cast_parameters(
-    args: Sequence[Any], input_casts: Sequence[InputCast], cache: WeightCache
+    args: Sequence[Any],
+    input_casts: Sequence[Copied | InputScales],
+    cache: WeightCache,
+    scales: ModelScales | None = None,
 ) -> tuple[Any, ...]:
-    """The graph's inputs: `args`, followed by a low-precision copy for each of `input_casts`.
+    """The graph's inputs: `args`, followed by what each of `input_casts` stands for.
 
-    Gradients of a copy arrive at its parameter in the parameter's dtype.
+    Gradients of a cast copy arrive at its parameter in the parameter's dtype; those of a quantised one do not
+    pass through the copy.
     """
     if not input_casts:
         return tuple(args)
-    lows: dict[int, Tensor] = {}
-    stale: list[InputCast] = []
+    lows: dict[int, tuple[Tensor, ...]] = {}
+    stale: list[Copied] = []
     for cast in input_casts:
+        if isinstance(cast, InputScales):
+            assert scales is not None, "delayed scales belong to a model"
+            lows[cast.target] = scales.layer(args[cast.source])
+            continue
         parameter, copy = args[cast.source], cache.copies.get(cast.target)
         recorded = torch.is_grad_enabled() and parameter.requires_grad
         if recorded and copy is not None and _is_fresh(copy, parameter, cache.sampled):
             _open_window(copy, parameter)
-            lows[cast.target] = copy.low
+            lows[cast.target] = copy.parts
         else:
             stale.append(cast)
-    lows.update(_refresh(args, stale, cache))
+    lows.update(_refresh(args, stale, cache, scales))
     extended = list(args)
     for cast in sorted(input_casts, key=lambda c: c.target):
         assert cast.target == len(extended), "copies are the graph's last inputs"
-        extended.append(_CastParameter.apply(args[cast.source], lows[cast.target]))
+        if isinstance(cast, InputOperand) and cast.transposed and torch.is_grad_enabled():
+            extended[cast.source] = _LaidOut.apply(extended[cast.source])
+        if isinstance(cast, InputCast):
+            extended.append(_CastParameter.apply(args[cast.source], lows[cast.target][0]))
+        else:
+            extended += lows[cast.target]
     return tuple(extended)
 
 
@@ -111,13 +136,26 @@ class _CastParameter(torch.autograd.Function):
         return grad_output.to(ctx.dtype), None
 
 
+class _LaidOut(torch.autograd.Function):
+    """The gradient of a transposed weight comes transposed. Autograd would copy it, which counts as a write
+    to it; copied here it is as new as any other, and the window stays open."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_output.contiguous()
+
+
 def _is_fresh(copy: _Copy, parameter: Tensor, sampled: bool) -> bool:
     return (
         copy.parameter() is parameter
         and copy.address == parameter.data_ptr()
         and copy.version == parameter._version
         and copy.steps == _optimizer_steps
-        and copy.low.shape == parameter.shape
+        and copy.shape == parameter.shape
         and _in_window(copy, parameter.grad)
         and not (sampled and _sample_differs(copy, parameter))
     )
@@ -137,33 +175,50 @@ def _open_window(copy: _Copy, parameter: Tensor) -> None:
     copy.grad_version = 0 if grad is None else grad._version
 
 
-def _refresh(args: Sequence[Any], stale: Sequence[InputCast], cache: WeightCache) -> dict[int, Tensor]:
-    """Cast all stale parameters in one multi-tensor copy."""
-    lows: dict[int, Tensor] = {}
+def _refresh(
+    args: Sequence[Any], stale: Sequence[Copied], cache: WeightCache, scales: ModelScales | None
+) -> dict[int, tuple[Tensor, ...]]:
+    """Make new copies: all casts in one multi-tensor copy, and quantise weights one by one."""
+    made: dict[int, tuple[Tensor, ...]] = {}
+    casts = [cast for cast in stale if isinstance(cast, InputCast)]
+    paused = scales is not None and scales.paused  # a copy that gathered no amax must not serve training
     for cast in stale:
         parameter, copy = args[cast.source], cache.copies.get(cast.target)
-        kept = torch.is_grad_enabled() and parameter.requires_grad
-        if kept and copy is not None and _can_overwrite(copy, parameter):
-            lows[cast.target] = copy.low
+        kept = torch.is_grad_enabled() and parameter.requires_grad and not paused
+        if isinstance(cast, InputOperand):
+            made[cast.target] = _quantise(cast, parameter, scales)
+        elif kept and copy is not None and _can_overwrite(copy, parameter):
+            made[cast.target] = copy.parts
         else:
-            lows[cast.target] = torch.empty_like(parameter, dtype=cast.dtype, requires_grad=False)
+            made[cast.target] = (torch.empty_like(parameter, dtype=cast.dtype, requires_grad=False),)
         if kept:
-            cache.copies[cast.target] = _record(copy, parameter, lows[cast.target])
-    if stale:
+            cache.copies[cast.target] = _record(copy, parameter, made[cast.target])
+    if casts:
         with torch.no_grad():
-            torch._foreach_copy_(list(lows.values()), [args[cast.source] for cast in stale])
+            lows = [made[cast.target][0] for cast in casts]
+            torch._foreach_copy_(lows, [args[cast.source] for cast in casts])
     cache.refreshed += len(stale)
-    return lows
+    return made
 
 
-def _record(copy: _Copy | None, parameter: Tensor, low: Tensor) -> _Copy:
+def _quantise(cast: InputOperand, parameter: Tensor, scales: ModelScales | None) -> tuple[Tensor, ...]:
+    weight = parameter.detach()
+    scale, amax = (None, None) if scales is None else scales.layer(parameter)
+    return fp8_operand(
+        weight.t() if cast.transposed else weight, cast.recipe, WEIGHT, cast.dtype, True, cast.turned, scale,
+        amax,
+    )  # fmt: skip
+
+
+def _record(copy: _Copy | None, parameter: Tensor, parts: tuple[Tensor, ...]) -> _Copy:
     seen = (
         copy is not None
         and copy.parameter() is parameter
         and (copy.updates_seen or copy.steps != _optimizer_steps or copy.version != parameter._version)
     )
-    idle = copy.idle_users if copy is not None and copy.low is low else _users(low)
-    new = _Copy(low, weakref.ref(parameter), parameter.data_ptr(), parameter._version, _optimizer_steps)
+    idle = copy.idle_users if copy is not None and copy.parts is parts else _users(parts[0])
+    state = parameter.data_ptr(), parameter._version, _optimizer_steps
+    new = _Copy(parts, parameter.shape, weakref.ref(parameter), *state)
     new.updates_seen, new.sample, new.idle_users = seen, _sample(parameter), idle
     _open_window(new, parameter)
     return new

@@ -269,3 +269,17 @@ def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):
     assert command.main(["--report", str(tmp_path / "none.json")]) == 2
     assert command.main([*options, "--minutes=0"]) == 2
     assert "--minutes" in capsys.readouterr().err
+
+
+def test_fp8_layers_are_measured_in_bf16_against_the_layer_without_fp8(tmp_path):
+    """The baseline is not FP8's reference, which no one would train with."""
+    both = settings(ops=("linear_fp8",), dtypes=(torch.float32, torch.bfloat16), small=False)
+    titles = [(str(dtype), title) for _, dtype, _, title in plan.listing(both)]
+    assert {dtype for dtype, _ in titles} == {"torch.bfloat16"}
+    shapes = {title for _, title in titles}
+    assert {"2048x1024x4096_fp8-tensorwise", "2048x1024x4096_weight-kept"} <= shapes
+    baseline = providers.function("eager", "linear_fp8")
+    x, weight = torch.randn(4, 16), torch.randn(8, 16)
+    assert torch.equal(baseline(x, weight, None, "relu", "mxfp8"), (x @ weight.t()).relu())
+    results = run(tmp_path / "k.json", ops=("linear_fp8",), dtypes=(torch.bfloat16,))
+    assert len(results["cells"]) == 4 and not kernel_run.failures(results)

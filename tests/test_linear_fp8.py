@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 
 import fp8_checks as checks
 import hypothesis.strategies as st
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_history import DelayedScales
+from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.linear_fp8 import OP
 from fusekit.kernels.op import DTYPES
 from fusekit.kernels.parity import deterministic, results_and_grads, widen
@@ -83,6 +85,19 @@ def test_master_weights_are_quantised_from_float32(dtype: torch.dtype, device: s
     assert torch.equal(results["output"], exact.detach().to(dtype))
     for name in ("grad_0", "grad_1", "grad_2"):
         torch.testing.assert_close(results[name], expected[name], rtol=2e-2, atol=2e-2)
+
+
+@presets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_float32_bias_is_not_rounded(name: str, dtype: torch.dtype, device: str) -> None:
+    """Near -1 a sum with a bias that bfloat16 cannot hold shows the bias's own digits."""
+    x, weight, _, act, recipe = checks.arguments(device, dtype, name)
+    bias = torch.full((144,), -1 - 2.0**-12, requires_grad=True)
+    x, weight = (torch.zeros_like(t).requires_grad_() for t in (x, weight))
+    with torch.no_grad():
+        x[..., 0], weight[:, 0] = 1.0, 1.0
+    results = results_and_grads(OP.fused, (x, weight, bias, act, recipe))
+    assert (results["output"] == -(2.0**-12)).all() and results["grad_2"].dtype == torch.float32
 
 
 @presets
@@ -200,7 +215,8 @@ def test_bad_input_is_named(device: str) -> None:
         ((x, weight[:40], None), "does not divide"),
         ((x, weight.half(), None), "x's dtype or float32"),
         ((x, weight, bias[:-1]), "one value per output feature"),
-        ((x, weight, None, "none", Recipe(delayed=True).token()), "give `scale`"),
+        ((x, weight, None, "none", "mxfp8", None, None, [x]), "the 4 tensors of fp8_operand"),
+        ((x, weight, None, "none", "mxfp8", None, None, [weight] * 4), "the operand has 144 rows"),
         ((x, weight, None, "none", Recipe(delayed=True).token(), three[:2]), "float32 (3,)"),
         ((x, weight, None, "none", "mxfp8", None, three), "has many; leave it out"),
     ):
@@ -208,6 +224,32 @@ def test_bad_input_is_named(device: str) -> None:
         with pytest.raises(ValueError) as caught:
             OP.fused(*args)
         assert sentence in str(caught.value)
+
+
+# Operands quantised beforehand
+
+
+@presets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_given_operands_change_no_bit(name: str, dtype: torch.dtype, transposed: bool, device: str) -> None:
+    """Both layouts, or only those that the forward pass takes; and the ops keep their contracts."""
+    recipe = PRESETS[name]
+    state = (torch.zeros(3), torch.zeros(3)) if recipe.delayed else (None, None)
+    x, weight, bias, act, _ = checks.arguments(device, dtype, name, "gelu", master=True)
+    if transposed:
+        weight = weight.detach().t().contiguous().t().requires_grad_()
+    inline = results_and_grads(OP.fused, (x, weight, bias, act, name, *state))
+    for turned in (True, False):
+        made = [(t, name, which, dtype, True, turned, *state) for which, t in enumerate((x, weight))]
+        operands = [fp8_operand(*args) for args in made]
+        args = (x, weight, bias, act, name, *state, *operands)
+        given = results_and_grads(OP.fused, args)
+        assert all(torch.equal(t, given[key]) for key, t in inline.items())
+        assert not any(t.requires_grad for operand in operands for t in operand)
+        for arguments in made:
+            torch.library.opcheck(fp8_operand, arguments)
+        torch.library.opcheck(OP.fused, args)
 
 
 # Delayed scales
@@ -245,12 +287,12 @@ def test_a_checkpoints_second_forward_pass_changes_nothing(device: str) -> None:
 
 
 def reference_update(history: list[float], amax: float, scale: float, largest: float, length: int) -> float:
-    history.append(amax if 0 <= amax < float("inf") else 0.0)
+    if not 0 < amax < float("inf"):
+        return scale  # it stands still
+    history.append(amax)
     del history[:-length]
     highest = max(history)
-    if highest == 0:
-        return scale
-    return 2.0 ** torch.tensor(largest / max(highest, largest / 2.0**100)).log2().floor().item()
+    return 2.0 ** math.floor(math.log2(largest / max(highest, 1.75 * 2.0**-92)))
 
 
 @pytest.mark.parametrize("length", [1, 3, 16])
@@ -259,7 +301,7 @@ def test_histories_move_once_an_update(length: int) -> None:
     scales = DelayedScales(recipes, length=length)
     largest = [448.0, 448.0, 57344.0, 448.0, 448.0, 448.0]
     histories: list[list[float]] = [[] for _ in largest]
-    expected = [1.0] * 6
+    expected = [0.0] * 6
     generator = torch.Generator().manual_seed(0)
     for step in range(8):
         amax = torch.randn(6, generator=generator).mul(4).exp()
@@ -270,6 +312,34 @@ def test_histories_move_once_an_update(length: int) -> None:
         for i, value in enumerate(amax.tolist()):
             expected[i] = reference_update(histories[i], value, expected[i], largest[i], length)
         assert scales.scale.tolist() == expected and not scales.amax.any()
+
+
+AMAX = st.sampled_from([0.0, 2.0**-149, 1e-30, 0.3, 1.75, 1.7500001, 448.0, 3e38, float("inf"), float("nan")])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.lists(st.tuples(st.lists(AMAX, min_size=3, max_size=3), st.integers(0, 7),
+                                             st.booleans()), max_size=9))  # fmt: skip
+def test_any_sequence_of_steps(length: int, steps: list[tuple[list[float], int, bool]]) -> None:
+    """Slots that are not taken keep what they gathered; a skipped step is forgotten."""
+    scales = DelayedScales([DELAYED], length=length)
+    histories: list[list[float]] = [[], [], []]
+    expected, waiting = [0.0] * 3, [0.0] * 3
+    for amax, mask, skipped in steps:
+        taken = [mask >> i & 1 for i in range(3)]
+        for i, value in enumerate(amax):
+            patterns = torch.tensor([value, waiting[i]]).view(torch.int32)
+            waiting[i] = patterns.max().view(torch.float32).item()  # NaN is the largest
+        scales.amax.copy_(torch.tensor(waiting))
+        scales.update(taken=torch.tensor(taken, dtype=torch.int32), skip=torch.tensor(float(skipped)))
+        for i in filter(taken.__getitem__, range(3)):
+            if not skipped:
+                largest = 448.0 if i < 2 else 57344.0
+                expected[i] = reference_update(histories[i], waiting[i], expected[i], largest, length)
+            waiting[i] = 0.0
+        assert scales.scale.tolist() == expected
+        assert torch.equal(scales.amax.view(torch.int32), torch.tensor(waiting).view(torch.int32))
+        assert scales.history.amax(1).tolist() == [max(h, default=0.0) for h in histories]
 
 
 def test_a_margin_leaves_headroom() -> None:

@@ -91,7 +91,7 @@ def test_stopping_anywhere_and_resuming_gives_the_same_bits(tmp_path, precision,
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16", "fp8-block"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp8-block", "fp8-delayed"])
 def test_resuming_under_fusekit_gives_the_same_bits(tmp_path, precision):
     options = {"provider": "fusekit", "precision": precision, "steps": 8}
     straight = make_trainer(tmp_path / "straight", **options)

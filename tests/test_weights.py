@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusekit.passes.region import InputCast
+from fusekit.kernels.fp8_operand import fp8_operand
+from fusekit.kernels.linear_fp8 import fused as linear_fp8
+from fusekit.kernels.recipe import PRESETS
+from fusekit.passes.inputs import InputCast, InputOperand
 from fusekit.passes.weights import WeightCache, cast_parameters
 
 BF16 = torch.bfloat16
@@ -47,6 +50,33 @@ class Net:
         assert_fresh(self.parameters, (weight, bias))
         hidden = F.linear(self.x.to(BF16), weight, bias)
         return F.linear(hidden, weight).float().square().mean()
+
+
+class Quantised(Net):
+    """The same with the weight in FP8, both layouts, for linear_fp8; the bias is cast as above."""
+
+    recipe = PRESETS["fp8-rowwise"].token()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters = [nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))]
+        self.x = torch.randn(4, 16)
+        weight = InputOperand(
+            source=1, target=3, dtype=BF16, recipe=self.recipe, transposed=False, turned=True
+        )
+        self.casts = [weight, InputCast(source=2, target=7, dtype=BF16)]
+
+    def loss(self) -> Tensor:
+        _, weight, _, *operand, bias = cast_parameters((self.x, *self.parameters), self.casts, self.cache)
+        assert torch.equal(bias.detach(), self.parameters[1].detach().to(BF16)), "a stale bias"
+        fresh = fp8_operand(self.parameters[0].detach(), self.recipe, 1, BF16, True, True, None, None)
+        assert all(map(torch.equal, operand, fresh)), "a stale weight"
+        hidden = linear_fp8(self.x.to(BF16), weight, bias, "none", self.recipe, None, None, None, operand)
+        hidden = linear_fp8(hidden, weight, None, "none", self.recipe, None, None, None, operand)
+        return hidden.float().square().mean()
+
+
+kinds = pytest.mark.parametrize("kind", [Net, Quantised])
 
 
 def assert_fresh(parameters: list[nn.Parameter], copies: tuple[Tensor, Tensor]) -> None:
@@ -94,8 +124,9 @@ def _set_zero(net: Net) -> None:
 
 @pytest.mark.parametrize("zero", [_set_none, _set_zero])
 @pytest.mark.parametrize("order", ORDERS)
-def test_updates_through_data_are_seen(order: Callable, zero: Callable) -> None:
-    net = Net()
+@kinds
+def test_updates_through_data_are_seen(kind: type[Net], order: Callable, zero: Callable) -> None:
+    net = kind()
     net.cache.sampled = False  # as on a GPU, where the elements are not compared
     for _ in range(5):
         order(net, lambda: _sgd_data(net), lambda: zero(net))
@@ -105,8 +136,11 @@ def test_updates_through_data_are_seen(order: Callable, zero: Callable) -> None:
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
-def test_optimizer_steps_are_seen(options: dict[str, bool], set_to_none: bool, order: Callable) -> None:
-    net = Net()
+@kinds
+def test_optimizer_steps_are_seen(
+    kind: type[Net], options: dict[str, bool], set_to_none: bool, order: Callable
+) -> None:
+    net = kind()
     net.cache.sampled = False
     optimizer = torch.optim.AdamW(net.parameters, lr=0.1, **options)
     for _ in range(4):
@@ -130,8 +164,9 @@ def test_one_cast_per_update_not_per_micro_batch(set_to_none: bool) -> None:
     assert_fresh(net.parameters, net.copies())
 
 
-def test_several_forwards_before_one_backward() -> None:
-    net = Net().trust()
+@kinds
+def test_several_forwards_before_one_backward(kind: type[Net]) -> None:
+    net = kind().trust()
     (net.loss() + net.loss() + net.loss()).backward()
     assert net.cache.refreshed == 2  # the step before them made the copies stale, once
     shared = [p.grad.clone() for p in net.parameters]
@@ -142,8 +177,9 @@ def test_several_forwards_before_one_backward() -> None:
         assert torch.allclose(p.grad, expected, rtol=1e-5)
 
 
-def test_inference_casts_on_every_call_and_keeps_nothing() -> None:
-    net = Net()
+@kinds
+def test_inference_casts_on_every_call_and_keeps_nothing(kind: type[Net]) -> None:
+    net = kind()
     with torch.no_grad():
         for _ in range(3):
             net.loss()
@@ -152,9 +188,10 @@ def test_inference_casts_on_every_call_and_keeps_nothing() -> None:
     assert net.cache.refreshed == 6 and net.cache.copies == {}
 
 
-def test_weights_swapped_for_an_evaluation() -> None:
+@kinds
+def test_weights_swapped_for_an_evaluation(kind: type[Net]) -> None:
     """Averaged weights put in by data.copy_, evaluated, and taken out, between forward and backward."""
-    net = Net()
+    net = kind()
     loss, saved = net.loss(), [p.detach().clone() for p in net.parameters]
     for p in net.parameters:
         p.data.mul_(0.5)
@@ -173,8 +210,9 @@ def test_weights_swapped_for_an_evaluation() -> None:
     net.loss()
 
 
-def test_sampling_sees_noise_inside_one_window() -> None:
-    net = Net().trust()
+@kinds
+def test_sampling_sees_noise_inside_one_window(kind: type[Net]) -> None:
+    net = kind().trust()
     net.loss().backward()
     net.loss().backward()
     assert net.cache.refreshed == 2
@@ -204,8 +242,9 @@ def test_other_changes_are_seen(change: str) -> None:
     assert weight.requires_grad == (change != "requires_grad")
 
 
-def test_another_parameter_in_the_same_place() -> None:
-    net = Net().trust()
+@kinds
+def test_another_parameter_in_the_same_place(kind: type[Net]) -> None:
+    net = kind().trust()
     net.loss().backward()
     net.parameters = [copy.deepcopy(p) for p in net.parameters]
     with torch.no_grad():
@@ -213,8 +252,9 @@ def test_another_parameter_in_the_same_place() -> None:
     net.loss()
 
 
-def test_frozen_weights_get_no_gradient_and_are_never_stale() -> None:
-    net = Net()
+@kinds
+def test_frozen_weights_get_no_gradient_and_are_never_stale(kind: type[Net]) -> None:
+    net = kind()
     net.parameters[0].requires_grad_(False)
     for _ in range(3):
         net.loss().backward()
@@ -222,9 +262,10 @@ def test_frozen_weights_get_no_gradient_and_are_never_stale() -> None:
     assert net.parameters[0].grad is None and net.parameters[1].grad is not None
 
 
-def test_an_unfinished_graph_keeps_the_weights_it_saw() -> None:
+@kinds
+def test_an_unfinished_graph_keeps_the_weights_it_saw(kind: type[Net]) -> None:
     """Refreshing must not write into what a pending backward pass saved."""
-    net = Net()
+    net = kind()
     first = net.loss()
     expected = torch.autograd.grad(first, net.parameters, retain_graph=True)
     for p in net.parameters:
@@ -255,8 +296,9 @@ def test_tied_weights_share_one_copy_and_sum_their_gradients() -> None:
         assert p.grad.dtype == torch.float32 and torch.equal(p.grad, reference.grad.float())
 
 
-def test_copies_die_with_the_cache() -> None:
-    net = Net()
+@kinds
+def test_copies_die_with_the_cache(kind: type[Net]) -> None:
+    net = kind()
     net.loss().backward()
     low = weakref.ref(net.cache.copies[3].low)
     net.cache = WeightCache()

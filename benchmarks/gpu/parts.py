@@ -21,11 +21,11 @@ from rich.console import Console
 
 from benchmarks.gpu.run import LOST_DEVICE
 from benchmarks.kernels import run as kernel_run
+from benchmarks.kernels.cases import MEASURED
 from benchmarks.kernels.providers import STANDARD
 from benchmarks.kernels.rivals import RIVALS
 from benchmarks.kernels.suite import Settings
 from benchmarks.results_file import read_kernels, write_results
-from fusekit.kernels import OPS
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the first is finished before the next begins
 MODELS = ("GPT-2 124M", "Llama 1B", "ViT-B", "ResNet-50")
@@ -62,7 +62,7 @@ class Job:
 def kernels(job: Job) -> dict[str, Any]:
     settings = Settings(
         device=job.device,
-        ops=tuple(OPS),
+        ops=tuple(MEASURED),
         dtypes=DTYPES[:1] if job.dry else DTYPES,
         providers=("eager", "fusekit") if job.dry else (*STANDARD, *RIVALS),
         minutes=job.minutes,

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.clock import Call
+from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.attention import reference as attention_reference
 from fusekit.kernels.attention_form import band
 from fusekit.kernels.op import Op, Sample
 
+MEASURED = OPS | FP8_OPS
 CACHE_BYTES = 256 << 20  # copies of the arguments together exceed every level-2 cache in use (H200: 50 MB)
 MOST_COPIES = 12
 
@@ -140,6 +142,11 @@ def _attention(
     )
 
 
+def _linear_fp8(x, weight, bias=None, act="none", *_):  # type: ignore[no-untyped-def]
+    """The layer without FP8: what FP8 has to be worth."""
+    return _linear_act(x, weight.to(x.dtype), _like(bias, x), None, act)
+
+
 def _mlp(x, w1, b1, w2, b2, residual=None, act="gelu", tf32=False):  # type: ignore[no-untyped-def]
     return _linear_act(_linear_act(x, w1, b1, None, act), w2, b2, residual)
 
@@ -207,6 +214,7 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "attention": _attention,
     "gated_mlp": _gated_mlp,
     "linear_act": _linear_act,
+    "linear_fp8": _linear_fp8,
     "mlp": _mlp,
     "qkv_linear": _qkv_linear,
     "rms_norm_rope": _rms_norm_rope,

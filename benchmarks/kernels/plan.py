@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import MEASURED, Case
 from benchmarks.kernels.suite import Settings, dtype_name
 from benchmarks.kernels.sweeps import SWEEPS
-from fusekit.kernels import OPS
+from fusekit.kernels import FP8_OPS
 from fusekit.kernels.op import Sample
 
 
@@ -45,7 +45,7 @@ def listing(settings: Settings) -> Iterator[tuple[str, torch.dtype, int, str]]:
 
 def draw(name: str, dtype: torch.dtype, settings: Settings, index: int) -> Case:
     """The case at a position of the listing."""
-    return Case(name, OPS[name], dtype, _sample(name, dtype, settings, index), index)
+    return Case(name, MEASURED[name], dtype, _sample(name, dtype, settings, index), index)
 
 
 def label(case: Case) -> str:
@@ -61,7 +61,14 @@ def _in_turn(settings: Settings, dtypes: tuple[torch.dtype, ...]) -> Iterator[Ca
 
 
 def _rows(settings: Settings, dtypes: tuple[torch.dtype, ...]) -> list[tuple[str, torch.dtype]]:
-    return [(name, dtype) for dtype in dtypes for name in settings.ops]
+    """FP8 layers in bfloat16 alone, as what is around them is, unless that is none of the dtypes."""
+    low = torch.bfloat16
+    return [
+        (name, dtype)
+        for dtype in dtypes
+        for name in settings.ops
+        if name not in FP8_OPS or dtype == low or low not in dtypes
+    ]
 
 
 def _order(name: str, dtype: torch.dtype, settings: Settings) -> list[int]:
@@ -70,7 +77,7 @@ def _order(name: str, dtype: torch.dtype, settings: Settings) -> list[int]:
         found = [
             (index, sum(a.numel() * a.element_size() for a in sample.args if isinstance(a, Tensor)))
             for index, sample in enumerate(_samples(name, dtype, settings))
-            if OPS[name].supports(*sample.args) is None
+            if MEASURED[name].supports(*sample.args) is None
         ]
     if settings.largest_first:
         found.sort(key=lambda pair: -pair[1])
@@ -90,7 +97,7 @@ def _sample(name: str, dtype: torch.dtype, settings: Settings, index: int) -> Sa
 
 
 def _samples(name: str, dtype: torch.dtype, settings: Settings) -> Iterator[Sample]:
-    chosen = (s for s in OPS[name].samples(settings.device, dtype) if s.bench != settings.small)
+    chosen = (s for s in MEASURED[name].samples(settings.device, dtype) if s.bench != settings.small)
     if settings.small:
         return itertools.islice(chosen, 1)
     sweep = SWEEPS[name](settings.device, dtype) if name in SWEEPS else ()

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.cases import BASELINES
+from benchmarks.kernels.cases import BASELINES, MEASURED
 from benchmarks.kernels.rivals import RIVALS, Unfit
-from fusekit.kernels import OPS
 
 OURS = "fusekit"
 STANDARD = ("eager", "compile", OURS)
@@ -43,11 +42,11 @@ def function(provider: str, op: str) -> Callable[..., Any]:
         Unfit: the provider has nothing for this op.
     """
     if provider == OURS:
-        return OPS[op].fused
+        return MEASURED[op].fused
     if provider == "eager":
-        return BASELINES.get(op, OPS[op].reference)
+        return BASELINES.get(op, MEASURED[op].reference)
     if provider in _MODES:
-        return _compiled(BASELINES.get(op, OPS[op].reference), _MODES[provider])
+        return _compiled(BASELINES.get(op, MEASURED[op].reference), _MODES[provider])
     if op not in RIVALS[provider].functions:
         raise Unfit(f"{provider} has no counterpart of {op}")
     return RIVALS[provider].functions[op]

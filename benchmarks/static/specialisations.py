@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.static import decoding, products
 from fusekit.kernels import FP8_OPS, OPS
+from fusekit.kernels.fp8_history import DelayedScales
 from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.op import DTYPES, Op
+from fusekit.kernels.recipe import Recipe
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -145,6 +147,13 @@ def forward_and_backward(op: Op, args: tuple[Any, ...]) -> None:
     torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
 
 
+def _move_histories() -> None:
+    """What no op starts: an optimizer's step, of all slots, and of some unless it was skipped."""
+    scales = DelayedScales([Recipe(delayed=True)])
+    scales.update()
+    scales.update(taken=scales.cursor, skip=scales.scale[:1])
+
+
 def collect() -> dict[str, Specialisation]:
     """Every specialisation that a sample of an op, a row of a table or a decoding step needs, by key."""
     found: dict[str, Specialisation] = {}
@@ -156,6 +165,11 @@ def collect() -> dict[str, Specialisation]:
                         forward_and_backward(op, args)
                     for start in filter(lambda start: all(start.grid), launches):
                         _add(found, specialise(start, bench), target)
+        for target in ALL_TARGETS:
+            with record(target) as launches:
+                _move_histories()
+            for start in launches:
+                _add(found, specialise(start), target)
         for target, row in products.tables():
             for dtype in products.dtypes(row):
                 for start in products.launches(row, target, dtype):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
-from fusekit.passes import price
+from fusekit.passes import cost, pipeline, price
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +76,59 @@ def test_a_growing_cache_meets_the_decoding_kernels(monkeypatch: pytest.MonkeyPa
     assert report.graphs == 2, str(report)
     running = {fusion.implementation for fusion in report.fused}
     assert running == {"own decoding kernel: few queries, their keys in parts"}, str(report)
+
+
+def _no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "why_fp8_does_not_pay", lambda *_: None)
+
+
+def test_delayed_scales_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of a block: weights kept as codes, histories that move, the same scales on both devices."""
+    _no_layer_is_too_small(monkeypatch)
+    torch.manual_seed(0)
+    on_cpu = GPT(GPTConfig(vocab=61, context=40, layers=1, width=32, heads=2))
+    on_gpu = copy.deepcopy(on_cpu).to("cuda")
+    tokens = torch.randint(61, (2, 38), generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in (on_cpu, on_gpu):
+        torch._dynamo.reset()
+        fusekit.optimize(model, precision="fp8-delayed", remainder="eager")
+        device = next(model.parameters()).device
+        losses = _steps(model, tokens.to(device), 3)
+        assert len([f for f in fusekit.explain(model).fused if f.op == "linear_fp8"]) == 4
+        state = fusekit.precision_state(model).state_dict()
+        found.append((losses, {k: t.cpu() for k, t in state.items() if isinstance(t, Tensor)}))
+    for want, got in zip(*(losses for losses, _ in found), strict=True):
+        assert abs(got - want) <= 2e-2 * abs(want)
+    cpu, gpu = (state for _, state in found)
+    assert torch.equal(cpu["cursor"], gpu["cursor"]) and gpu["cursor"].max() == 3
+    assert torch.equal(cpu["scale"], gpu["scale"]) and not gpu["amax"].any()
+    torch.testing.assert_close(gpu["history"], cpu["history"], rtol=0.1, atol=0)
+
+
+class _Readers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.q(x)) * torch.tanh(self.k(x)))
+
+
+@pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-block", "fp8-rowwise"])
+def test_shared_operands_have_the_bits_of_separate_ones(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _no_layer_is_too_small(monkeypatch)
+    results = []
+    for alone in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        if alone:
+            passes = [(name, run) for name, run in pipeline.PIPELINE if name != "quantise"]
+            monkeypatch.setattr(pipeline, "PIPELINE", passes)
+        model = fusekit.optimize(_Readers().to("cuda"), precision=precision, remainder="eager")
+        x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)).to("cuda")
+        model(x).square().sum().backward()
+        results.append([p.grad.cpu() for p in model.parameters()])
+    assert all(map(torch.equal, *results))

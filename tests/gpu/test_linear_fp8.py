@@ -7,11 +7,13 @@ import dataclasses
 import fp8_checks as checks
 import pytest
 import torch
+from torch import Tensor
 
 from fusekit.kernels import fp8_gemm, linear_fp8_cpu
 from fusekit.kernels.fp8_cast import cast, empty_operand
 from fusekit.kernels.fp8_gemm import Tile, product
-from fusekit.kernels.fp8_history import DelayedScales, update
+from fusekit.kernels.fp8_history import DelayedScales
+from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.linear_fp8 import OP
 from fusekit.kernels.parity import check, deterministic, results_and_grads
 from fusekit.kernels.recipe import PRESETS, Recipe
@@ -143,17 +145,46 @@ def test_histories_have_the_bits_of_the_cpu(length: int) -> None:
     """update_kernel against the CPU's calls, with amax of every kind."""
     on_gpu = DelayedScales([Recipe(), PRESETS["fp8-block"]], length=length, device="cuda")
     generator = torch.Generator().manual_seed(0)
-    history, scale = torch.zeros(6, length), torch.ones(6)
+    history, scale, cursor = torch.zeros(6, length), torch.zeros(6), torch.zeros(6, dtype=torch.int64)
+    taken = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.int32)
     for step in range(5):
         amax = torch.randn(6, generator=generator).mul(4).exp()
         if step == 2:
             amax[:4] = torch.tensor([torch.inf, torch.nan, 0.0, 2.0**-149])
+        skip = torch.tensor(float(step == 3))
         on_gpu.amax.copy_(amax)
-        update(on_gpu.history, on_gpu.amax, on_gpu.scale, on_gpu.cursor, on_gpu.top)
-        history[:, step % length] = torch.where(amax.isfinite(), amax, 0)
+        on_gpu.update(taken=taken.to("cuda"), skip=skip.to("cuda"))
+        moves = amax.isfinite() & (amax > 0) & (taken > 0) & (skip == 0)
+        for slot in moves.nonzero().flatten().tolist():
+            history[slot, cursor[slot]] = amax[slot]
+        cursor = torch.where(moves, (cursor + 1) % length, cursor)
         highest = history.amax(1).clamp(min=1.75 * 2.0**-92)
         largest = torch.where(on_gpu.top.cpu() == 8, 448.0, 57344.0)
         fresh = (largest.double() / highest.double()).log2().floor().exp2().float()
-        scale = torch.where(history.amax(1) > 0, fresh, scale)
+        scale = torch.where(moves, fresh, scale)
         assert torch.equal(on_gpu.scale.cpu(), scale) and torch.equal(on_gpu.history.cpu(), history)
-        assert not on_gpu.amax.any() and bool((on_gpu.cursor == (step + 1) % length).all())
+        assert torch.equal(on_gpu.amax.cpu(), torch.where(taken > 0, 0, amax)) and torch.equal(
+            on_gpu.cursor.cpu(), cursor
+        )
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "delayed", "first step"])
+def test_operands_made_beforehand_give_the_same_bits(name: str) -> None:
+    """Where no step was seen (scale 0) a delayed layer has the bits of the current scale."""
+    recipe = PRESETS.get(name, Recipe(delayed=True))
+    state: tuple[Tensor | None, Tensor | None] = (None, None)
+    if recipe.delayed:
+        known = [0.0] * 3 if name == "first step" else [64.0, 512.0, 1024.0]
+        state = torch.tensor(known, device="cuda"), torch.zeros(3, device="cuda")
+    x, weight, bias, act, token = checks.arguments("cuda", torch.bfloat16, recipe.token(), "relu")
+    x_operand = fp8_operand(x, token, 0, x.dtype, True, True, *state)
+    w_operand = fp8_operand(weight, token, 1, x.dtype, True, True, *state)
+    inline = results_and_grads(OP.fused, (x, weight, bias, act, token, *state))
+    given = results_and_grads(OP.fused, (x, weight, bias, act, token, *state, x_operand, w_operand))
+    assert all(torch.equal(t, given[k]) for k, t in inline.items())
+    assert not any(t.requires_grad for t in (*x_operand, *w_operand))
+    if recipe.delayed:
+        assert state[1][:2].tolist() == [x.abs().max().item(), weight.abs().max().item()]
+    if name == "first step":
+        current = results_and_grads(OP.fused, (x, weight, bias, act, "fp8-tensorwise"))
+        assert all(torch.equal(t, inline[k]) for k, t in current.items())

@@ -1,0 +1,207 @@
+"""The delayed scales of one optimised model: a slot triple for each of its weights, moved by optimizer steps.
+
+A layer is known by its weight, so every graph of the model, and one captured after a resume, finds the same
+state; a layer that is called twice gathers the larger amax of both. What moves a history, and what does not:
+
+  - an optimizer's step moves the slots of the weights it updates, and of frozen ones; not those of another
+    optimizer, whose backward pass may be still to come (optimizers inside the backward pass, two of them);
+  - a step that a loss scaler skipped moves nothing: torch's fused optimizers carry the flag on the device,
+    `fusekit.LossScaler` tells of the others;
+  - forward passes without gradients, and those of `verify`, read scales and gather nothing;
+  - micro-batches and the second forward pass of an activation checkpoint gather into the same maximum.
+
+Within DistributedDataParallel the ranks agree on the largest amax, one reduction a step. Nothing here waits
+for the device, and all state stays at its address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fusekit.kernels.fp8_history import SLOTS, DelayedScales
+from fusekit.kernels.recipe import Recipe
+from fusekit.passes import _compat
+
+GRADIENT = 2  # of a triple: x, weight, gradient
+_live: WeakSet[ModelScales] = WeakSet()
+
+
+class ModelScales:
+    """Scales and amax of all weights of a model.
+
+    group: the processes that agree on amax; found where the model runs inside DistributedDataParallel, None:
+        each process for itself.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self._model, self._recipe = ref(model), recipe
+        self.names = [name for name, p in model.named_parameters() if p.ndim == 2]
+        self.group: torch.distributed.ProcessGroup | None = None
+        self._state: DelayedScales | None = None
+        self._loaded: Mapping[str, Any] | None = None  # read before the device was known
+        self._indices: dict[int, tuple[ReferenceType[Tensor], int]] = {}
+        self._masks: WeakKeyDictionary[Optimizer, tuple[Any, bool, Tensor | None]] = WeakKeyDictionary()
+        self._pauses = 0
+        self._frozen: tuple[Tensor, Tensor] | None = None  # scale and amax while paused
+        _live.add(self)
+
+    @property
+    def paused(self) -> bool:
+        return self._pauses > 0
+
+    def layer(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """scale and amax (3,) of the layer of this Parameter. What is written to amax counts only while
+        gradients are recorded and nothing is paused. A weight that is not the model's has no history."""
+        state, index = self._on(weight.device), self._index(weight)
+        if index is None:
+            return self._nothing, self._scratch
+        if self.paused:
+            slots = slice(SLOTS * index, SLOTS * (index + 1))
+            scale, amax = self._freeze(state)
+            return scale[slots], amax[slots]
+        if not torch.is_grad_enabled():
+            return self._layers[index][0], self._scratch
+        self.group = self.group or _compat.active_ddp_group()
+        return self._layers[index]
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing is gathered. Gradients have no scale: what `verify` sends back is not the loss's."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            self._frozen = None
+
+    def _freeze(self, state: DelayedScales) -> tuple[Tensor, Tensor]:
+        if self._frozen is None:
+            with torch.inference_mode(False), torch.no_grad():
+                scale = state.scale.clone()
+                scale[GRADIENT::SLOTS] = 0
+                self._frozen = scale, torch.zeros_like(scale)
+        return self._frozen
+
+    def update(self, taken: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Move the histories of the slots in `taken`, None: of all; only empty amax where `skip` is not 0."""
+        if self._state is not None:
+            if skip is not None:
+                skip = skip.to(self._state.scale.device, torch.float32, non_blocking=True)
+            with torch.no_grad():
+                self._state.update(self.group, taken=taken, skip=skip)
+
+    def stepped(self, optimizer: Optimizer, skip: Tensor | None = None) -> None:
+        """This optimizer has made its step; or skipped it, where `skip` is not 0."""
+        takes, taken = self._taken(optimizer)
+        if takes:
+            self.update(taken, skip)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name, and the names of the weights they are of, in order."""
+        if self._state is None:
+            return dict(self._loaded) if self._loaded is not None else {"weights": list(self.names)}
+        return {"weights": list(self.names)} | {n: t.clone() for n, t in self._state.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: it is of a model with other weights, or of another length of history.
+        """
+        if list(state.get("weights", ())) != self.names:
+            differing = sorted(set(self.names) ^ set(state.get("weights", ())))
+            raise ValueError(
+                f"these delayed scales are of a model with other weights"
+                f"{': ' + ', '.join(differing[:3]) if differing else ''}; load them into the model that they "
+                f"were saved from, optimised with the same precision"
+            )
+        if len(state) > 1:  # what does not fit raises here, and not in the first forward pass
+            self._new("cpu").load_state_dict({k: v for k, v in state.items() if k != "weights"})
+        self._loaded = dict(state)
+        model = self._model()
+        if self._state is not None:
+            self._fill(self._state)
+        elif model is not None and (first := next(model.parameters(), None)) is not None:
+            self._on(first.device)  # now, as the first call may be an optimizer's
+
+    def _new(self, device: torch.device | str) -> DelayedScales:
+        recipe = self._recipe
+        count = len(self.names)
+        return DelayedScales([recipe] * count, length=recipe.history, margin=recipe.margin, device=device)
+
+    def _fill(self, state: DelayedScales) -> None:
+        if self._loaded is not None and len(self._loaded) > 1:
+            with torch.no_grad():
+                state.load_state_dict({k: v for k, v in self._loaded.items() if k != "weights"})
+        elif self._loaded is not None:
+            for t in state.state_dict().values():
+                t.zero_()
+        self._loaded = None
+
+    def _on(self, device: torch.device) -> DelayedScales:
+        if self._state is None or self._state.scale.device != device:
+            with torch.inference_mode(False), torch.no_grad():  # used in training too
+                if self._state is not None:  # the model has moved
+                    self._loaded = self.state_dict()
+                self._state = self._new(device)
+                self._fill(self._state)
+                self._nothing, self._scratch = (torch.zeros(SLOTS, device=device) for _ in range(2))
+                self._layers = [self._state.layer(i) for i in range(len(self.names))]
+                self._masks.clear()
+            self._find_weights()
+        return self._state
+
+    def _index(self, weight: Tensor) -> int | None:
+        known = self._indices.get(id(weight))
+        if known is None or known[0]() is not weight:
+            self._find_weights()
+            known = self._indices.get(id(weight))
+        return None if known is None else known[1]
+
+    def _find_weights(self) -> None:
+        model = self._model()
+        named = {} if model is None else dict(model.named_parameters())
+        self._indices = {
+            id(named[name]): (ref(named[name]), i) for i, name in enumerate(self.names) if name in named
+        }
+
+    def _taken(self, optimizer: Optimizer) -> tuple[bool, Tensor | None]:
+        """Whether a step of this optimizer takes slots, and which; None: all."""
+        model = self._model()
+        if model is None or self._state is None:
+            return False, None
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        weights: list[Tensor | None] = [None] * len(self.names)
+        for weight, i in self._indices.values():
+            weights[i] = weight()
+        takes = tuple(w is None or id(w) in own or not w.requires_grad for w in weights)
+        found = self._masks.get(optimizer)
+        if found is None or found[0] != (len(own), takes):
+            related = any(takes) and not own.isdisjoint(map(id, model.parameters()))
+            mask = torch.tensor([t for t in takes for _ in range(SLOTS)], dtype=torch.int32)
+            kept = None if all(takes) else mask.to(self._state.scale.device)
+            found = self._masks[optimizer] = ((len(own), takes), related, kept)
+        return found[1:]
+
+
+def step_skipped(optimizer: Optimizer) -> None:
+    """A loss scaler found an overflow on the host, and calls no `step`."""
+    for scales in list(_live):
+        scales.stepped(optimizer, torch.ones(()))
+
+
+@_compat.untraced
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for scales in list(_live):
+        scales.stepped(optimizer, getattr(optimizer, "found_inf", None))
+
+
+register_optimizer_step_post_hook(_after_step)
