@@ -53,6 +53,12 @@ class Form(NamedTuple):
         return not self.is_banded and all(given is None for given in rest)
 
     @property
+    def demands(self) -> int:
+        """How many things beyond a band take registers in a kernel."""
+        given = (self.mask, self.softcap, self.slopes, self.documents)
+        return sum(x is not None for x in given) + (self.dropout > 0.0)
+
+    @property
     def document_ids(self) -> tuple[Tensor, Tensor] | None:
         """Those of queries and of keys, each (B or 1, length)."""
         if self.documents is None:

@@ -56,7 +56,7 @@ CONFIGS = {
 }
 # grad_key_value, no mask: heads that share keys, bands, caps; 128 features on sm_80, where Triton 3.6 spills
 NARROWER = {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
-# Two or more of a mask, dropout and a cap: registers for all of them.
+# Two or more of a mask, dropout, a cap, ALiBi and documents: registers for all of them.
 COMBINED = {
     "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
     "grad_bias": (16, 32, 4, 1),
@@ -78,7 +78,7 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
     widest = _padded(max(q.shape[-1], v.shape[-1]))
     if q.dtype == torch.float32:
         return CONFIGS_FLOAT32[kernel][max(32, widest)]
-    if (form.mask is not None) + (form.dropout > 0.0) + (form.softcap is not None) > 1:
+    if form.demands > 1:
         return COMBINED[kernel]
     widest = max(64, widest)
     plain, masked, dropping = CONFIGS[kernel][widest]
@@ -88,7 +88,7 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
         return masked
     if kernel != "grad_key_value":
         return plain
-    more = q.shape[1] != v.shape[1] or form.is_banded or form.softcap is not None
+    more = q.shape[1] != v.shape[1] or form.is_banded or form.demands
     return NARROWER[widest] if more or (widest == 128 and target_of(capability(q)) == "sm_80") else plain
 
 

@@ -44,7 +44,8 @@ def store_rows(base_ptr, rows, stride_row, block, ROWS, D: tl.constexpr, BLOCK_D
 def mask_scores(
     scores, m, n, mask_ptr, stride_mm, stride_mn, slope, places_ptr, documents_ptr, key_documents_ptr,
     Tq, Tk, low, high, offset,
-    MASK: tl.constexpr, BAND: tl.constexpr, BOUNDED: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr, BAND: tl.constexpr, BOUNDED: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Scores with ALiBi's bias, and what may not be attended at -inf. m and n broadcast to the tile, in
     either orientation."""

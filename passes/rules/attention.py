@@ -106,6 +106,8 @@ def _whole(allowed: Predicate | None) -> Mask | None:
 def _set_band(match: Match, found: Mask) -> None:
     if found.causal or found.window is not None:
         match.arguments.update(causal=found.causal, window=found.window, offset=found.offset)
+    if found.documents is not None:
+        match.arguments.update(documents=found.documents.queries, key_documents=found.documents.keys)
 
 
 def _take_added(match: Match) -> str | None:
@@ -136,7 +138,7 @@ def _replace_mask(match: Match, found: Mask) -> None:
     _set_band(match, found)
     match.stands_for.pop(match.arguments["mask"], None)
     match.arguments["mask"] = found.rest
-    if found.rest is not None:
+    if isinstance(found.rest, fx.Node):
         match.stands_for[found.rest] = ("mask", None)
 
 
