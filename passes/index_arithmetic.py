@@ -127,14 +127,23 @@ def _transpose(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     return element(args[0], tuple(swapped))
 
 
-def _slice(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
-    _, dim, (start,), step = args
+def sliced(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """What a slice with numbers for its start and step is taken of, and the index there."""
+    name, args = spell(node)
+    if name != "slice":
+        return None
+    source, dim, (start,), step = args
     if type(start) is not int or type(step) is not int or start < 0:
         return None
-    if start and not _start_is_inside(value_of(args[0]).shape[dim], start):
+    if start and not _start_is_inside(value_of(source).shape[dim], start):
         return None
     dim %= len(index)
-    return element(args[0], (*index[:dim], index[dim].times(step).plus(Affine(start)), *index[dim + 1 :]))
+    return source, (*index[:dim], index[dim].times(step).plus(Affine(start)), *index[dim + 1 :])
+
+
+def _slice(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
+    inner = sliced(node, index)
+    return None if inner is None else element(*inner)
 
 
 def _start_is_inside(size: Any, start: int) -> bool:

@@ -12,6 +12,7 @@ symbolic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,11 +99,23 @@ def _chosen(mask: fx.Node, lowest: float) -> Mask | None:
     if name == "where" and constant(args[1]) == 0 and _is_low(constant(args[2]), lowest):
         return recover(args[0])
     if name == "masked_fill" and constant(args[0]) == 0 and _is_low(args[2], lowest):
-        forbidden = args[1]
-        if not is_written(forbidden) and spell(forbidden).name == "not":
-            inner = spell(forbidden).args[0]
-            return recover(inner) if value_of(inner).dtype == torch.bool else None
+        return recover_forbidden(args[1])
     return None
+
+
+def recover_forbidden(mask: fx.Node) -> Mask | None:
+    """Read a boolean mask that is True where a key may not be attended to; None where that takes a complement
+    to be computed."""
+    if is_written(mask):
+        return None
+    name, args = spell(mask)
+    if name == "not" and value_of(args[0]).dtype == torch.bool:
+        return recover(args[0])
+    if name == "to" and _is_floating(args[0]):  # MPT's: finfo.min is true, and 0 false
+        return _chosen(args[0], -math.ulp(0.0))
+    forbidden = predicate(mask)
+    allowed = None if forbidden is None else forbidden.opposite()
+    return from_band([allowed]) if is_band(allowed) else None
 
 
 def split_additive(mask: fx.Node, lowest: float) -> Mask | None:
@@ -119,6 +132,10 @@ def split_additive(mask: fx.Node, lowest: float) -> Mask | None:
                 found = recover_additive(band_node, lowest)
                 if found is not None:
                     return found._replace(rest=bias)
+    if name == "masked_fill" and _is_floating(args[0]) and _is_low(args[2], lowest):
+        found = recover_forbidden(args[1]) if constant(args[0]) is None else None
+        if found is not None and found.leaves_a_key(value_of(args[1]).shape):
+            return found._replace(rest=args[0])
     if name == "where" and _is_floating(args[1]) and constant(args[1]) is None:
         found = recover(args[0])
         if found.leaves_a_key(value_of(args[0]).shape) and _is_low(constant(args[2]), lowest):
