@@ -1,15 +1,16 @@
 r"""Scaled dot-product attention that never stores the scores.
 
-    S = cap(scale q k^T) + mask,   P = softmax(S) over the keys,   y = dropout(P) v
+    S = cap(scale q k^T) + slope distance + mask,   P = softmax(S) over the keys,   y = dropout(P) v
     dv = dropout(P)^T dy,   dP = dropout'(dy v^T),   delta = rowsum(dy * y),   dS = P (dP - delta)
     dq = scale cap' dS k,   dk = scale cap' dS^T q,   dmask = dS summed over what the mask repeats
 
 cap(s) = softcap tanh(s / softcap), or s. A sink is one logit more a head in the softmax's sum, without a
 value: P no longer adds up to one, and dsink = - sum over rows of P_sink delta. Which keys a query sees by its
-place (causal, window, offset) stands in attention_form.py.
+place (causal, window, offset) or by its document, and ALiBi's slope and distance, stand in attention_form.py.
 
 Dao 2023, "FlashAttention-2", arXiv:2307.08691; query heads share keys as in Ainslie et al. 2023, "GQA",
-arXiv:2305.13245; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xiao et al. 2023, arXiv:2309.17453.
+arXiv:2305.13245; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xiao et al. 2023, arXiv:2309.17453; ALiBi:
+Press et al. 2021, arXiv:2108.12409.
 Saved for backward: q, k, v, y and one or two float32 a row; S and P are computed again.
 A row that a boolean mask (or -inf) or the band leaves no key has y = 0 and no gradient, as in torch's own
 attention; a row of finfo.min in an additive mask is shared out evenly, as softmax does.
@@ -181,7 +182,7 @@ class _Attention(torch.autograd.Function):
         form = Form(*settings)
         out, stats = _forward_op(q, k, v, *form)
         ctx.save_for_backward(q, k, v, out, stats, *(getattr(form, name) for name in TENSORS))
-        ctx.form = form._replace(**dict.fromkeys(TENSORS))
+        ctx.form = form.without_tensors()
         return out
 
     @staticmethod
@@ -202,11 +203,14 @@ def _settings(
     mask: Tensor | None = None, causal: bool = False, scale: float | None = None, dropout: float = 0.0,
     seed: Tensor | None = None, seed_offset: int = 0, tf32: bool = False,
     window: int | None = None, offset: int = 0, softcap: float | None = None, sinks: Tensor | None = None,
-    *places_and_documents: Tensor | None, **more: Tensor | None,
+    slopes: Tensor | None = None, places: Tensor | None = None, documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
 ) -> Form:  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    first = (mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks)
-    form = Form(*first, *places_and_documents, **more)
+    form = Form(
+        mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks, slopes, places,
+        documents, key_documents,
+    )  # fmt: skip
     why_not = supports(q, k, v, *form)
     if why_not is not None:
         raise ValueError(f"attention: {why_not}")
@@ -241,9 +245,9 @@ fused = define(
 def flops(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, *rest: Any
 ) -> int:
-    """Two matmuls; causal and a window spare the scores that nobody sees."""
+    """Two matmuls; causal and a window spare the scores that nobody sees. What documents spare is data."""
     (B, H, Tq, D), Tk, DV = q.shape, k.shape[-2], v.shape[-1]
-    window, offset = (*rest[5:7], None, 0)[:2] if len(rest) > 5 else (None, 0)
+    window, offset = (rest[5] if len(rest) > 5 else None), (rest[6] if len(rest) > 6 else 0)
     return 2 * B * H * pairs(causal, window, offset, Tq, Tk) * (D + DV)
 
 

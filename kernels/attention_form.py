@@ -15,7 +15,7 @@ Documents: query i sees key j only where documents[i] = key_documents[j], whatev
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Form(NamedTuple):
     places: Tensor | None = None
     documents: Tensor | None = None
     key_documents: Tensor | None = None
+
+    def without_tensors(self) -> Form:
+        nothing: dict[str, Any] = dict.fromkeys(TENSORS)
+        return self._replace(**nothing)
 
     @property
     def is_plain(self) -> bool:

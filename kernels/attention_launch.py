@@ -54,8 +54,10 @@ CONFIGS = {
         256: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     },
 }
-# grad_key_value, no mask: heads that share keys, bands, caps; 128 features on sm_80, where Triton 3.6 spills
-NARROWER = {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
+# grad_key_value, no mask: heads that share keys, bands, caps, ALiBi, documents; features that do not fill
+# 128; 128 features on sm_80, where Triton 3.6 spills
+NARROWER = {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
+FORWARD_SM80 = (128, 32, 8, 3)  # features that do not fill 128
 # Two or more of a mask, dropout, a cap, ALiBi and documents: registers for all of them.
 COMBINED = {
     "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
@@ -65,9 +67,14 @@ COMBINED = {
 CONFIGS_FLOAT32 = {
     "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
-    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
+    "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
+# Where those spill: beyond plain and causal, and without tf32, whose products leave registers free.
+FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
+IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}
+IEEE_FORMS_FLOAT32 = {("grad_key_value", 128): (16, 32, 8, 1)}
+GRAD_QUERY_256 = (16, 32, 16, 2)  # with tf32, and on sm_90
 
 
 def _padded(features: int) -> int:
@@ -76,8 +83,9 @@ def _padded(features: int) -> int:
 
 def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, int, int]:
     widest = _padded(max(q.shape[-1], v.shape[-1]))
+    more = q.shape[1] != v.shape[1] or form.is_banded or form.demands > 0
     if q.dtype == torch.float32:
-        return CONFIGS_FLOAT32[kernel][max(32, widest)]
+        return _blocks_float32(kernel, max(32, widest), more, form.tf32, q)
     if form.demands > 1:
         return COMBINED[kernel]
     widest = max(64, widest)
@@ -86,10 +94,22 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
         return dropping
     if form.mask is not None:
         return masked
-    if kernel != "grad_key_value":
-        return plain
-    more = q.shape[1] != v.shape[1] or form.is_banded or form.demands
-    return NARROWER[widest] if more or (widest == 128 and target_of(capability(q)) == "sm_80") else plain
+    partial = widest == 128 and min(q.shape[-1], v.shape[-1]) < 128
+    on_sm80 = widest == 128 and target_of(capability(q)) == "sm_80"
+    if kernel == "forward":
+        return FORWARD_SM80 if partial and on_sm80 else plain
+    if kernel == "grad_key_value" and (more or partial or on_sm80):
+        return NARROWER[widest]
+    return plain
+
+
+def _blocks_float32(kernel: str, widest: int, more: bool, tf32: bool, q: Tensor) -> tuple[int, int, int, int]:
+    if (kernel, widest) == ("grad_query", 256) and (tf32 or target_of(capability(q)) == "sm_90"):
+        return GRAD_QUERY_256
+    found = {} if tf32 else dict(IEEE_FLOAT32)
+    if more:
+        found |= FORMS_FLOAT32 if tf32 else FORMS_FLOAT32 | IEEE_FORMS_FLOAT32
+    return found.get((kernel, widest), CONFIGS_FLOAT32[kernel][widest])
 
 
 def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> dict[str, object]:

@@ -18,7 +18,7 @@ class Reading(NamedTuple):
     """
 
     source: Any
-    index: tuple[Affine, ...]
+    at: tuple[Affine, ...]
 
 
 Variable = str | Reading
@@ -57,7 +57,7 @@ class Affine:
         def rename(variable: Variable) -> Variable:
             if isinstance(variable, str):
                 return names.get(variable, variable)
-            return variable._replace(index=tuple(i.renamed(names) for i in variable.index))
+            return variable._replace(at=tuple(i.renamed(names) for i in variable.at))
 
         return Affine(self.constant, frozenset((rename(name), factor) for name, factor in self.terms))
 

@@ -170,9 +170,7 @@ def _absolute(node: fx.Node, index: Index, sign: int) -> Distance | None:
 
 
 def _reads_data(form: Affine) -> bool:
-    return any(
-        isinstance(x, Reading) and x.index for x, _ in form.terms
-    )  # without an index: one number for all
+    return any(isinstance(x, Reading) and x.at for x, _ in form.terms)  # without an index: one number for all
 
 
 def _places(node: fx.Node, index: Index) -> Any:
@@ -247,7 +245,7 @@ def _is_symbol(size: Any) -> bool:
 
 
 def _sum(args: tuple[Any, ...], index: Index, sign: int) -> Affine | None:
-    terms = []
+    terms: list[Affine | None] = []
     for x in args[:2]:
         if isinstance(x, (int, float)) and abs(x) < LONGEST and x == int(x):
             terms.append(Affine(int(x)))

@@ -51,7 +51,7 @@ def documents_of(part: Part) -> Documents | None:
     name, args = spell(part.node)
     if name != "eq" or is_written(part.node) or not all(map(_is_whole, args)):
         return None
-    index = {a: aligned(a, part.index) for a in args}
+    index = {a: aligned(a, part.at) for a in args}
     for ours, theirs in (args, args[::-1]):
         queries, keys = _line(ours, index[ours], OURS), _line(theirs, index[theirs], THEIRS)
         if queries is not None and keys is not None:
@@ -90,9 +90,9 @@ def _places(query: Reading, key: Reading) -> Affine | None:
     """The difference of what positions say at key and query, if ids count where they do not grow by one."""
     positions = _counted(query.source) if isinstance(query.source, fx.Node) else None
     step = Affine(0, frozenset({(KEY, 1), (QUERY, -1)}))
-    if positions is None or key.index[-1].plus(query.index[-1], -1) != step:
+    if positions is None or key.at[-1].plus(query.at[-1], -1) != step:
         return None
-    here, there = element(positions, key.index), element(positions, query.index)
+    here, there = element(positions, key.at), element(positions, query.at)
     if not isinstance(here, Affine) or not isinstance(there, Affine):
         return None
     difference = here.plus(there, -1)
@@ -105,9 +105,8 @@ def _counted(node: fx.Node) -> fx.Node | None:
     last = value_of(node).dim() - 1
     if name != "cumsum" or value_of(node).dtype != torch.int64 or args[1] % (last + 1) != last:
         return None
-    changes, source = args[0], None
-    if _is_call(changes, "ne") and filled(changes)[1] == 1:
-        source = filled(changes)[0]
+    changes = args[0]
+    source: Any = filled(changes)[0] if _is_call(changes, "ne") and filled(changes)[1] == 1 else None
     if not _is_call(source, "diff") or not _is_whole(source):
         return None
     positions, times, dim, front, behind = filled(source)

@@ -347,7 +347,7 @@ def _is_mask(node: fx.Node, source: fx.Node) -> bool:
     """An additive mask stays float32: finfo(float32).min would round to minus infinity. So do ALiBi's slopes
     and the places that they multiply: 2049 has no bfloat16."""
     if getattr(node.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
-        names = ("attn_mask",)
+        names: tuple[str, ...] = ("attn_mask",)
     elif getattr(node.target, "_opname", "") == "attention":
         names = ("mask", "slopes", "places")
     else:

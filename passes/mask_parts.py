@@ -16,20 +16,20 @@ aten = torch.ops.aten
 
 
 class Part(NamedTuple):
-    """A condition: the mask at its indices needs `node` at `index`.
+    """A condition: the mask at its indices needs `node` at the index `at`.
 
     rank: dimensions of the mask.
     tensor: a node, or one to be made, that broadcasts to the mask as the part does; None where none was met.
     """
 
     node: fx.Node
-    index: Index
+    at: Index
     rank: int
     tensor: Any = None
 
     def predicate(self) -> Predicate | None:
         """What it says about (query, key), None where it is not made of comparisons of whole numbers."""
-        value = element(self.node, self.index)
+        value = element(self.node, self.at)
         return simplified(value) if isinstance(value, Predicate) else None
 
     def of(self, node: fx.Node, index: Index, tensor: Any) -> Part:
@@ -52,7 +52,7 @@ def parts_of(mask: fx.Node) -> list[Part]:
 
 
 def _parts(part: Part) -> list[Part]:
-    node, index = part.node, part.index
+    node, index = part.node, part.at
     name, args = spell(node)
     if is_written(node):  # it may hold something else by now
         return [part]

@@ -125,7 +125,8 @@ def _take_added(match: Match) -> str | None:
 
 def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> bool:
     """Put slopes in the place of a bias that is ALiBi, and say whether it is."""
-    bias, given = match.arguments.get(name), match.arguments
+    given = match.arguments
+    bias: Any = given.get(name)
     if (
         given.get("sinks") is not None or given.get("slopes") is not None
     ):  # beside a sink a row's constant counts
