@@ -66,15 +66,14 @@ COMBINED = {
 # float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
 CONFIGS_FLOAT32 = {
     "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
+    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 32, 16, 2)},
     "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
     "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
-# Where those spill: beyond plain and causal, and without tf32, whose products leave registers free.
+# Where those spill: beyond plain and causal; and without tf32, whose products leave registers free.
 FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
-IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}
-IEEE_FORMS_FLOAT32 = {("grad_key_value", 128): (16, 32, 8, 1)}
-GRAD_QUERY_256 = (16, 32, 16, 2)  # with tf32, and on sm_90
+IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
+IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
 
 
 def _padded(features: int) -> int:
@@ -85,7 +84,7 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
     widest = _padded(max(q.shape[-1], v.shape[-1]))
     more = q.shape[1] != v.shape[1] or form.is_banded or form.demands > 0
     if q.dtype == torch.float32:
-        return _blocks_float32(kernel, max(32, widest), more, form.tf32, q)
+        return _blocks_float32(kernel, max(32, widest), more, form, q)
     if form.demands > 1:
         return COMBINED[kernel]
     widest = max(64, widest)
@@ -103,13 +102,13 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
     return plain
 
 
-def _blocks_float32(kernel: str, widest: int, more: bool, tf32: bool, q: Tensor) -> tuple[int, int, int, int]:
-    if (kernel, widest) == ("grad_query", 256) and (tf32 or target_of(capability(q)) == "sm_90"):
-        return GRAD_QUERY_256
-    found = {} if tf32 else dict(IEEE_FLOAT32)
-    if more:
-        found |= FORMS_FLOAT32 if tf32 else FORMS_FLOAT32 | IEEE_FORMS_FLOAT32
-    return found.get((kernel, widest), CONFIGS_FLOAT32[kernel][widest])
+def _blocks_float32(kernel: str, widest: int, more: bool, form: Form, q: Tensor) -> tuple[int, int, int, int]:
+    if not form.tf32 and (kernel, widest) in IEEE_FLOAT32 and target_of(capability(q)) != "sm_90":
+        return IEEE_FLOAT32[kernel, widest]
+    if (kernel, widest) == ("grad_key_value", 128) and form.documents is not None and not form.tf32:
+        return IEEE_DOCUMENTS_128
+    base = CONFIGS_FLOAT32[kernel][widest]
+    return FORMS_FLOAT32.get((kernel, widest), base) if more else base
 
 
 def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> dict[str, object]:
