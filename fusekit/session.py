@@ -64,7 +64,7 @@ class Session:
 
     @contextlib.contextmanager
     def own_calls(self) -> Iterator[None]:
-        """The model is called by fusekit itself, which is no training: nothing is sampled, decided or kept."""
+        """The model is called by fusekit itself, not trained: nothing is sampled, decided or remembered."""
         before, self._own_calls = self._own_calls, True
         scales = self.settings.scales
         try:

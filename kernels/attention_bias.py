@@ -15,20 +15,22 @@ from fusekit.kernels.attention_tiles import (
     load_rows,
     mask_scores,
     probabilities,
+    slope_of,
 )
 
 
 @triton.jit
 def grad_bias_kernel(
-    dy_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, stats_ptr, delta_ptr, dbias_ptr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
+    seed_ptr, stats_ptr, delta_ptr, dbias_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
-    B, H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, dropout, seed_offset,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    B, H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BATCHES: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # BATCHES, HEADS, ROWS, COLUMNS: the bias has that dimension; where not, it is repeated along it.
@@ -58,6 +60,15 @@ def grad_bias_kernel(
         k_head = k_ptr + head_offset(stride_kb, stride_kh, batch, head // GROUP)
         v_head = v_ptr + head_offset(stride_vb, stride_vh, batch, head // GROUP)
         mask_head = mask_ptr + head_offset(stride_mb, stride_mh, batch, head)
+        slope = 0.0
+        places, documents, key_documents = places_ptr, documents_ptr, key_documents_ptr
+        if ALIBI != 0:
+            slope = slope_of(slopes_ptr, stride_sb, stride_sh, batch, head)
+        if ALIBI == 2:
+            places += batch.to(tl.int64) * stride_pb
+        if DOCUMENTS:
+            documents += batch.to(tl.int64) * stride_db
+            key_documents += batch.to(tl.int64) * stride_eb
         for start_m in tl.range(first_m, last_m, BLOCK_M, num_stages=1):
             m = start_m + tl.arange(0, BLOCK_M)
             rows = head_index.to(tl.int64) * Tq + m
@@ -72,8 +83,9 @@ def grad_bias_kernel(
                 products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 scores = capped_scores(products, scale_log2, cap_log2, CAP)
                 scores = mask_scores(
-                    scores, m[:, None], n[None, :], mask_head, stride_mm, stride_mn, Tq, Tk, low, high,
-                    MASK, BAND, True,
+                    scores, m[:, None], n[None, :], mask_head, stride_mm, stride_mn, slope, places,
+                    documents, key_documents, Tq, Tk, low, high, offset,
+                    MASK, BAND, True, ALIBI, DOCUMENTS,
                 )  # fmt: skip
                 p = probabilities(scores, stats_ptr, rows[:, None], (m < Tq)[:, None], rows_total, MASK)
                 dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)

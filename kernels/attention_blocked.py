@@ -1,6 +1,6 @@
-r"""`attention` on a CPU by blocks of queries: bands, capped scores, sinks, and the gradient of a bias.
+r"""`attention` on a CPU by blocks of queries: bands, documents, ALiBi, caps, sinks, the gradient of a bias.
 
-A block of queries meets only the keys that its band reaches, so a window costs Tq * window scores. Torch's
+A block of queries meets only the keys that its band and its documents reach. Torch's
 flash kernel computes a block where it can. A sink s changes its results by a factor only:
     y' = y sigmoid(lse - s),  lse' = log(exp(lse) + exp(s)),
 and from y' and lse' its backward pass gives the right gradients. Capped scores, the gradient of a bias and
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import attention_native as native
-from fusekit.kernels.attention_form import Form, keys_of, seen
+from fusekit.kernels.attention_block_mask import block_mask, key_range
+from fusekit.kernels.attention_form import Form
 
 ROWS = 128  # queries in a block that flash computes
 SCORES = 1 << 20  # of a block that is written out
@@ -31,14 +32,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     if _flash_fits(q, k, v, form):
         dtype = native._compute_dtype(q.dtype)
         operands = native._cast(dtype, q, k, v)
-        for rows, keys, mask in _flash_blocks(q, k, form):
-            block = [x[:, :, r.start : r.stop] for x, r in zip(operands, (rows, keys, keys), strict=True)]
+        for batch, rows, keys, mask in _flash_blocks(q, k, form):
+            block = [x[batch, :, r.start : r.stop] for x, r in zip(operands, (rows, keys, keys), strict=True)]
             added = native._additive(mask, q, dtype)
             result, lse = native._flash(*block, 0.0, False, attn_mask=added, scale=form.scale)
             if form.sinks is not None:
                 result, lse = _with_sinks(result, lse, form.sinks)
-            out[:, :, rows.start : rows.stop].copy_(result)
-            stats[0, :, :, rows.start : rows.stop].copy_(lse)
+            out[batch, :, rows.start : rows.stop].copy_(result)
+            stats[0, batch, :, rows.start : rows.stop].copy_(lse)
         return out, stats
     for b, rows, keys in _written_blocks(q, k, form):
         written = _Block(q, k, v, form, b, rows, keys)
@@ -81,29 +82,18 @@ def _flash_fits(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
     return form.softcap is None and native._flash_fits(q, k, v, form.dropout)
 
 
-def _flash_blocks(q: Tensor, k: Tensor, form: Form) -> Iterator[tuple[range, range, Tensor | None]]:
-    """(queries, keys, mask) of each block with any key."""
-    Tq, Tk = q.shape[-2], k.shape[-2]
-    step = ROWS if form.is_banded or form.causal else Tq
-    for start in range(0, Tq, step):
-        rows = range(start, min(start + step, Tq))
-        keys = keys_of(form, rows, Tk)
-        if len(keys):
-            yield rows, keys, _mask_of(form, rows, keys)
-
-
-def _mask_of(form: Form, rows: range, keys: range) -> Tensor | None:
-    """The mask of a block: the part of the given one, and the band where it cuts through."""
-    inside = seen(form, rows, keys)
-    if form.mask is None:
-        return inside
-    mask = form.mask
-    if mask.ndim > 1 and mask.shape[-2] > 1:
-        mask = mask[..., rows.start : rows.stop, :]
-    mask = mask[..., keys.start : keys.stop] if mask.ndim and mask.shape[-1] > 1 else mask
-    if inside is None:
-        return mask
-    return mask & inside if mask.dtype == torch.bool else torch.where(inside, mask, -math.inf)
+def _flash_blocks(q: Tensor, k: Tensor, form: Form) -> Iterator[tuple[slice, range, range, Tensor | None]]:
+    """(batch elements, queries, keys, mask) of each block with any key."""
+    (B, _, Tq, _), Tk = q.shape, k.shape[-2]
+    by_element = form.documents is not None  # whose documents end elsewhere, and whose blocks are skipped
+    step = ROWS if form.is_banded or form.causal or by_element or form.slopes is not None else Tq
+    for b in range(B) if by_element else (None,):
+        for start in range(0, Tq, step):
+            rows = range(start, min(start + step, Tq))
+            keys = key_range(form, b, rows, Tk)
+            if len(keys):
+                batch = slice(None) if b is None else slice(b, b + 1)
+                yield batch, rows, keys, block_mask(form, b, rows, keys)
 
 
 def _with_sinks(result: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,16 +107,16 @@ def _flash_backward(
 ) -> None:  # fmt: skip
     dtype = native._compute_dtype(q.dtype)
     operands = native._cast(dtype, grad_output, q, k, v, out)
-    for rows, keys, mask in _flash_blocks(q, k, form):
+    for batch, rows, keys, mask in _flash_blocks(q, k, form):
         ranges = (rows, rows, keys, keys, rows)
-        block = [x[:, :, r.start : r.stop] for x, r in zip(operands, ranges, strict=True)]
-        part = lse[:, :, rows.start : rows.stop]
+        block = [x[batch, :, r.start : r.stop] for x, r in zip(operands, ranges, strict=True)]
+        part = lse[batch, :, rows.start : rows.stop]
         added = native._additive(mask, q, dtype)
         grads = native._flash_backward(
             *block, part.contiguous(), 0.0, False, attn_mask=added, scale=form.scale
         )
         for total, grad, r in zip(sums, grads, (rows, keys, keys), strict=True):
-            total[:, :, r.start : r.stop] += grad
+            total[batch, :, r.start : r.stop] += grad
         if dsinks is not None and form.sinks is not None:
             p = torch.exp(form.sinks.to(torch.float32)[:, None] - part)
             delta = (block[0] * block[4]).sum(-1, dtype=torch.float32)
@@ -141,7 +131,7 @@ def _written_blocks(q: Tensor, k: Tensor, form: Form) -> Iterator[tuple[int, ran
     for b in range(B):
         for start in range(0, Tq, step):
             rows = range(start, min(start + step, Tq))
-            keys = keys_of(form, rows, k.shape[-2])
+            keys = key_range(form, b, rows, k.shape[-2])
             if len(keys):
                 yield b, rows, keys
 
@@ -167,11 +157,10 @@ class _Block:
         self.kept = self._kept((q.shape[0], self.heads, q.shape[-2], k.shape[-2]))
 
     def _masked(self, scores: Tensor) -> Tensor:
-        mask = _mask_of(self.form, self.rows, self.keys)
+        mask = block_mask(self.form, self.b, self.rows, self.keys)
         if mask is None:
             return scores
-        if mask.ndim == 4:
-            mask = mask[self.b if mask.shape[0] > 1 else 0]
+        mask = mask[0] if mask.ndim == 4 else mask
         return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
     def _kept(self, sizes: tuple[int, int, int, int]) -> Tensor | None:

@@ -181,7 +181,8 @@ def _exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
 
 def _unknown(form: Form) -> str | None:
     given = form._asdict().items()
-    return next((name for name, value in given if name not in KNOWN and value not in (None, False)), None)
+    strange = (name for name, value in given if name not in KNOWN and not (value is None or value is False))
+    return next(strange, None)
 
 
 def _by(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:

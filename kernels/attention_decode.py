@@ -101,8 +101,8 @@ def _part_kernel(
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = capped_scores(products, scale_log2, cap_log2, CAP)
         scores = mask_scores(
-            scores, m[:, None], n[None, :], mask_rows, stride_mm, stride_mn, Tq, Tk, low, high,
-            MASK, BAND, True,
+            scores, m[:, None], n[None, :], mask_rows, stride_mm, stride_mn, 0.0, None, None, None,
+            Tq, Tk, low, high, 0, MASK, BAND, True, 0, False,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -222,12 +222,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     mask, mask_strides = _broadcast(form.mask, q, k)
     block_m, (block_n, warps, stages) = _rows(q, k), _config(q, v, form)
     constants = _constants(q, v, form, block_m, block_n)
-    del constants["DROPOUT"]
+    for absent in ("DROPOUT", "ALIBI", "DOCUMENTS"):
+        del constants[absent]
     first, last, keys, parts = split(q, k, v, form)
     group, rows = H // kv_heads, B * H * Tq
     acc = q.new_empty((parts, rows, DV), dtype=torch.float32)
     totals = q.new_empty((2, parts, rows), dtype=torch.float32)  # largest scores and sums
-    scale_log2, cap_log2, low, high = _score_numbers(form)
+    scale_log2, cap_log2, low, high, _ = _score_numbers(form)
     launch(
         _part_kernel, (B * kv_heads * triton.cdiv(group * Tq, block_m), parts),
         q, k, v, mask, acc, totals,

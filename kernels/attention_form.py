@@ -7,16 +7,24 @@ The band: query i stands at place i + offset among the keys. `causal` lets it se
 
 offset = Tk - Tq aligns the last query with the last key, as a cache needs it; |i - j| <= W is causal with
 offset W and window 2 W + 1.
+
+ALiBi: slope (key place - query place) is added to the scores of each head, that is slope (j - i - offset);
+with `places`, slope places[j], which says the same of padded sequences up to a constant a row.
+Documents: query i sees key j only where documents[i] = key_documents[j], whatever the order of the numbers.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 UNBOUNDED = 1 << 30
+
+
+# Those of a Form's fields that hold tensors.
+TENSORS = ("mask", "seed", "sinks", "slopes", "places", "documents", "key_documents")
 
 
 class Form(NamedTuple):
@@ -33,6 +41,34 @@ class Form(NamedTuple):
     offset: int
     softcap: float | None
     sinks: Tensor | None
+    slopes: Tensor | None = None
+    places: Tensor | None = None
+    documents: Tensor | None = None
+    key_documents: Tensor | None = None
+
+    def without_tensors(self) -> Form:
+        nothing: dict[str, Any] = dict.fromkeys(TENSORS)
+        return self._replace(**nothing)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a mask, dropout and keys up to the query's own index are all there may be."""
+        rest = (self.softcap, self.sinks, self.slopes, self.documents)
+        return not self.is_banded and all(given is None for given in rest)
+
+    @property
+    def demands(self) -> int:
+        """How many things beyond a band take registers in a kernel."""
+        given = (self.mask, self.softcap, self.slopes, self.documents)
+        return sum(x is not None for x in given) + (self.dropout > 0.0)
+
+    @property
+    def document_ids(self) -> tuple[Tensor, Tensor] | None:
+        """Those of queries and of keys, each (B or 1, length)."""
+        if self.documents is None:
+            return None
+        keys = self.documents if self.key_documents is None else self.key_documents
+        return rows_of(self.documents), rows_of(keys)
 
     @property
     def band(self) -> tuple[int, int]:
@@ -52,6 +88,11 @@ class Form(NamedTuple):
 def band(causal: bool, window: int | None, offset: int) -> tuple[int, int]:
     low = -UNBOUNDED if window is None else offset - window + 1
     return low, offset if causal else UNBOUNDED
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(length,) as (1, length); (B, length) as it is."""
+    return x if x.ndim == 2 else x[None]
 
 
 def seen(form: Form, rows: range, keys: range) -> Tensor | None:

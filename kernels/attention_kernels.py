@@ -23,34 +23,37 @@ from fusekit.kernels.attention_tiles import (
     mask_scores,
     probabilities,
     queries_seeing,
+    slope_of,
     store_rows,
     uncap,
+    within,
 )
 
 
 @triton.jit
 def _forward_blocks(
-    acc, total, largest, q, k_ptr, v_ptr, mask_ptr, m, first, last,
-    stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
-    Tq, Tk, scale_log2, cap_log2, low, high, seed, head_index, dropout,
+    acc, total, largest, q, k_ptr, v_ptr, mask_ptr, slope, places_ptr, documents_ptr, key_documents_ptr, m,
+    first, last, stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
+    Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr, BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, n, stride_kn, stride_kd, Tk, D, BLOCK_D)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = capped_scores(products, scale_log2, cap_log2, CAP)
-        if MASK != 0 or BOUNDED:
+        if MASK != 0 or BOUNDED or ALIBI != 0:
             scores = mask_scores(
-                scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, Tq, Tk, low, high,
-                MASK, BAND, BOUNDED,
+                scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, slope, places_ptr,
+                documents_ptr, key_documents_ptr, Tq, Tk, low, high, offset,
+                MASK, BAND, BOUNDED, ALIBI, DOCUMENTS,
             )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         # A masked row may have met no key yet, and -inf - -inf is NaN. Else every row meets key 0 at once.
         base = new_largest
-        if MASK != 0 or BAND == 2:
+        if MASK != 0 or BAND == 2 or DOCUMENTS:
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         p = tl.exp2(scores - base[:, None])
         rescale = tl.exp2(largest - base)
@@ -65,14 +68,16 @@ def _forward_blocks(
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, seed_ptr, out_ptr, stats_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
+    ranges_ptr, seed_ptr, out_ptr, stats_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mm, stride_mn,
-    H, GROUP, Tq, Tk, rows_total, scale_log2, cap_log2, low, high, dropout, seed_offset,
+    stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    H, GROUP, Tq, Tk, rows_total, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     head_index = tl.program_id(0) // blocks
@@ -85,29 +90,40 @@ def _forward_kernel(
     v_ptr += head_offset(stride_vb, stride_vh, batch, head // GROUP)
     if MASK != 0:
         mask_ptr += head_offset(stride_mb, stride_mh, batch, head)
+    slope = 0.0
+    if ALIBI != 0:
+        slope = slope_of(slopes_ptr, stride_sb, stride_sh, batch, head)
+    if ALIBI == 2:
+        places_ptr += batch.to(tl.int64) * stride_pb
+    if DOCUMENTS:
+        documents_ptr += batch.to(tl.int64) * stride_db
+        key_documents_ptr += batch.to(tl.int64) * stride_eb
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr) + seed_offset
 
     first, last = keys_seen(block, Tk, low, high, BLOCK_M, BLOCK_N, BAND)
+    if DOCUMENTS:
+        first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if MASK == 0 and BAND != 2:  # a mask is read everywhere, a window has two edges: one loop does
+    # A mask and documents are read everywhere, a window has two edges: one loop does.
+    if MASK == 0 and BAND != 2 and not DOCUMENTS:
         whole = tl.minimum(Tk, block * BLOCK_M + 1) if BAND == 1 else Tk
         whole = whole // BLOCK_N * BLOCK_N  # blocks before this need neither causal nor end-of-keys test
         acc, total, largest = _forward_blocks(
-            acc, total, largest, q, k_ptr, v_ptr, mask_ptr, m, 0, whole,
-            stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
-            Tq, Tk, scale_log2, cap_log2, low, high, seed, head_index, dropout,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, 0, CAP, DROPOUT, False, PRECISION,
+            acc, total, largest, q, k_ptr, v_ptr, mask_ptr, slope, places_ptr, documents_ptr,
+            key_documents_ptr, m, 0, whole, stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
+            Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, 0, CAP, DROPOUT, False, ALIBI, DOCUMENTS, PRECISION,
         )  # fmt: skip
         first = whole
     acc, total, largest = _forward_blocks(
-        acc, total, largest, q, k_ptr, v_ptr, mask_ptr, m, first, last,
-        stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
-        Tq, Tk, scale_log2, cap_log2, low, high, seed, head_index, dropout,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, BAND, CAP, DROPOUT, True, PRECISION,
+        acc, total, largest, q, k_ptr, v_ptr, mask_ptr, slope, places_ptr, documents_ptr,
+        key_documents_ptr, m, first, last, stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
+        Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, BAND, CAP, DROPOUT, True, ALIBI, DOCUMENTS, PRECISION,
     )  # fmt: skip
 
     if sinks_ptr is not None:  # one logit more in the sum, which brings no value
@@ -134,15 +150,16 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_query_kernel(
-    dy_ptr, q_ptr, k_ptr, v_ptr, out_ptr, mask_ptr, seed_ptr, stats_ptr, delta_ptr, dq_ptr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, out_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
+    ranges_ptr, seed_ptr, stats_ptr, delta_ptr, dq_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
-    H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, dropout, seed_offset,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # With dP = dy v^T and delta = rowsum(dy * out):  dS = P (dP - delta),  dq = scale dS k
     # delta is stored here for the other kernel, since this one reads dy and out rows anyway.
@@ -164,11 +181,21 @@ def _grad_query_kernel(
     v_ptr += head_offset(stride_vb, stride_vh, batch, head // GROUP)
     if MASK != 0:
         mask_ptr += head_offset(stride_mb, stride_mh, batch, head)
+    slope = 0.0
+    if ALIBI != 0:
+        slope = slope_of(slopes_ptr, stride_sb, stride_sh, batch, head)
+    if ALIBI == 2:
+        places_ptr += batch.to(tl.int64) * stride_pb
+    if DOCUMENTS:
+        documents_ptr += batch.to(tl.int64) * stride_db
+        key_documents_ptr += batch.to(tl.int64) * stride_eb
     if DROPOUT:
         seed = tl.load(seed_ptr) + seed_offset
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first, last = keys_seen(block, Tk, low, high, BLOCK_M, BLOCK_N, BAND)
+    if DOCUMENTS:
+        first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_N)
     for start in tl.range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, n, stride_kn, stride_kd, Tk, D, BLOCK_D)
@@ -176,8 +203,9 @@ def _grad_query_kernel(
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = capped_scores(products, scale_log2, cap_log2, CAP)
         masked = mask_scores(
-            scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, Tq, Tk, low, high,
-            MASK, BAND, True,
+            scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, slope, places_ptr,
+            documents_ptr, key_documents_ptr, Tq, Tk, low, high, offset,
+            MASK, BAND, True, ALIBI, DOCUMENTS,
         )  # fmt: skip
         p = probabilities(masked, stats_ptr, rows[:, None], (m < Tq)[:, None], rows_total, MASK)
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
@@ -192,15 +220,16 @@ def _grad_query_kernel(
 
 @triton.jit
 def _grad_key_value_kernel(
-    dy_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
+    ranges_ptr, seed_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
-    H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, dropout, seed_offset,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # dv = P^T dy,  dk = scale dS^T q, summed over the query heads of the group. Tiles are held transposed,
     # (N, M), so that both products take them as the left operand. One masked loop: split in two, triton 3.6
@@ -221,6 +250,13 @@ def _grad_key_value_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     first, last = queries_seeing(block, Tq, low, high, BLOCK_M, BLOCK_N, BAND)
+    if DOCUMENTS:
+        first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_M)
+    if ALIBI == 2:
+        places_ptr += batch.to(tl.int64) * stride_pb
+    if DOCUMENTS:
+        documents_ptr += batch.to(tl.int64) * stride_db
+        key_documents_ptr += batch.to(tl.int64) * stride_eb
     for member in tl.range(0, GROUP, num_stages=1):
         head = kv_head * GROUP + member
         head_index = batch * H + head
@@ -229,6 +265,9 @@ def _grad_key_value_kernel(
         mask_head = mask_ptr
         if MASK != 0:
             mask_head += head_offset(stride_mb, stride_mh, batch, head)
+        slope = 0.0
+        if ALIBI != 0:
+            slope = slope_of(slopes_ptr, stride_sb, stride_sh, batch, head)
         for start in tl.range(first, last, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
             rows = head_index.to(tl.int64) * Tq + m
@@ -238,8 +277,9 @@ def _grad_key_value_kernel(
             products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             scores = capped_scores(products, scale_log2, cap_log2, CAP)
             masked = mask_scores(
-                scores, m[None, :], n[:, None], mask_head, stride_mm, stride_mn, Tq, Tk, low, high,
-                MASK, BAND, True,
+                scores, m[None, :], n[:, None], mask_head, stride_mm, stride_mn, slope, places_ptr,
+                documents_ptr, key_documents_ptr, Tq, Tk, low, high, offset,
+                MASK, BAND, True, ALIBI, DOCUMENTS,
             )  # fmt: skip
             p = probabilities(masked, stats_ptr, rows[None, :], (m < Tq)[None, :], rows_total, MASK)
             dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)

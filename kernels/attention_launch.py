@@ -9,6 +9,7 @@ from fusekit.kernels._triton import triton
 from fusekit.kernels.attention_bias import grad_bias_kernel
 from fusekit.kernels.attention_form import Form
 from fusekit.kernels.attention_kernels import _forward_kernel, _grad_key_value_kernel, _grad_query_kernel
+from fusekit.kernels.attention_rows import Rows
 from fusekit.kernels.attention_tiles import (
     ADDITIVE_MASK,
     BAND,
@@ -17,8 +18,11 @@ from fusekit.kernels.attention_tiles import (
     CAPPED_EXACTLY,
     CAUSAL,
     FULL,
+    INDICES,
     LOG2E,
+    NO_ALIBI,
     NO_MASK,
+    PLACES,
     UNCAPPED,
 )
 from fusekit.kernels.config_table import target_of
@@ -50,9 +54,11 @@ CONFIGS = {
         256: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     },
 }
-# grad_key_value, no mask: heads that share keys, bands, caps; 128 features on sm_80, where Triton 3.6 spills
-NARROWER = {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
-# Two or more of a mask, dropout and a cap: registers for all of them.
+# grad_key_value, no mask: heads that share keys, bands, caps, ALiBi, documents; features that do not fill
+# 128; 128 features on sm_80, where Triton 3.6 spills
+NARROWER = {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
+FORWARD_SM80 = (128, 32, 8, 3)  # features that do not fill 128
+# Two or more of a mask, dropout, a cap, ALiBi and documents: registers for all of them.
 COMBINED = {
     "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
     "grad_bias": (16, 32, 4, 1),
@@ -60,10 +66,14 @@ COMBINED = {
 # float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
 CONFIGS_FLOAT32 = {
     "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
-    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "grad_query": {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 32, 16, 2)},
+    "grad_key_value": {32: (16, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 2)},
+    "grad_bias": {32: (16, 16, 4, 1), 64: (16, 16, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
+# Where those spill: beyond plain and causal; and without tf32, whose products leave registers free.
+FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
+IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
+IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
 
 
 def _padded(features: int) -> int:
@@ -72,9 +82,10 @@ def _padded(features: int) -> int:
 
 def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, int, int]:
     widest = _padded(max(q.shape[-1], v.shape[-1]))
+    more = q.shape[1] != v.shape[1] or form.is_banded or form.demands > 0
     if q.dtype == torch.float32:
-        return CONFIGS_FLOAT32[kernel][max(32, widest)]
-    if (form.mask is not None) + (form.dropout > 0.0) + (form.softcap is not None) > 1:
+        return _blocks_float32(kernel, max(32, widest), more, form, q)
+    if form.demands > 1:
         return COMBINED[kernel]
     widest = max(64, widest)
     plain, masked, dropping = CONFIGS[kernel][widest]
@@ -82,10 +93,22 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
         return dropping
     if form.mask is not None:
         return masked
-    if kernel != "grad_key_value":
-        return plain
-    more = q.shape[1] != v.shape[1] or form.is_banded or form.softcap is not None
-    return NARROWER[widest] if more or (widest == 128 and target_of(capability(q)) == "sm_80") else plain
+    partial = widest == 128 and min(q.shape[-1], v.shape[-1]) < 128
+    on_sm80 = widest == 128 and target_of(capability(q)) == "sm_80"
+    if kernel == "forward":
+        return FORWARD_SM80 if partial and on_sm80 else plain
+    if kernel == "grad_key_value" and (more or partial or on_sm80):
+        return NARROWER[widest]
+    return plain
+
+
+def _blocks_float32(kernel: str, widest: int, more: bool, form: Form, q: Tensor) -> tuple[int, int, int, int]:
+    if not form.tf32 and (kernel, widest) in IEEE_FLOAT32 and target_of(capability(q)) != "sm_90":
+        return IEEE_FLOAT32[kernel, widest]
+    if (kernel, widest) == ("grad_key_value", 128) and form.documents is not None and not form.tf32:
+        return IEEE_DOCUMENTS_128
+    base = CONFIGS_FLOAT32[kernel][widest]
+    return FORMS_FLOAT32.get((kernel, widest), base) if more else base
 
 
 def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> dict[str, object]:
@@ -96,20 +119,24 @@ def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> 
     cap = UNCAPPED
     if form.softcap is not None:
         cap = CAPPED_EXACTLY if q.dtype == torch.float32 else CAPPED
+    alibi = NO_ALIBI if form.slopes is None else INDICES if form.places is None else PLACES
     return {
         "D": D, "DV": DV, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV),
         "BLOCK_M": block_m, "BLOCK_N": block_n, "MASK": given,
         "BAND": BAND if form.is_banded else CAUSAL if form.causal else FULL, "CAP": cap,
-        "DROPOUT": form.dropout > 0.0, "PRECISION": "tf32" if form.tf32 else "ieee",
+        "DROPOUT": form.dropout > 0.0, "ALIBI": alibi, "DOCUMENTS": form.documents is not None,
+        "PRECISION": "tf32" if form.tf32 else "ieee",
     }  # fmt: skip
 
 
-def _score_numbers(form: Form) -> tuple[float, float | None, int | None, int | None]:
-    """What makes scores in log2 of products, and the band; None for what the kernel does not use."""
+def _score_numbers(form: Form) -> tuple[float, float | None, int | None, int | None, int | None]:
+    """What makes scores in log2 of products, the band, and ALiBi's offset; None for what the kernel does not
+    use."""
     low, high = form.band if form.is_banded else (None, None)
+    offset = None if form.slopes is None else form.offset
     if form.softcap is None:
-        return form.scale * LOG2E, None, low, high
-    return form.scale / form.softcap, form.softcap * LOG2E, low, high
+        return form.scale * LOG2E, None, low, high, offset
+    return form.scale / form.softcap, form.softcap * LOG2E, low, high, offset
 
 
 def _broadcast(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
@@ -129,10 +156,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     constants = _constants(q, v, form, block_m, block_n)
     out = q.new_empty((B, Tq, H, v.shape[-1]))
     stats = q.new_empty((1 + (constants["MASK"] == ADDITIVE_MASK), B, H, Tq), dtype=torch.float32)
+    rows = Rows.of(form, B)
     launch(
         _forward_kernel, (B * H * triton.cdiv(Tq, block_m),),
-        q, k, v, mask, form.sinks, form.seed, out, stats,
-        *q.stride(), *k.stride(), *v.stride(), *mask_strides,
+        q, k, v, mask, form.sinks, *rows, rows.key_ranges(block_m), form.seed, out, stats,
+        *q.stride(), *k.stride(), *v.stride(), *mask_strides, *rows.strides,
         H, H // k.shape[1], Tq, Tk, B * H * Tq, *_score_numbers(form), form.dropout, form.seed_offset,
         **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -148,20 +176,23 @@ def backward(
     delta = stats.new_empty((B, H, Tq))
     dq = q.new_empty((B, Tq, H, D))
     dk, dv = k.new_empty((B, Tk, kv_heads, D)), v.new_empty((B, Tk, kv_heads, DV))
-    strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *mask_strides)
+    rows = Rows.of(form, B)
+    strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *mask_strides, *rows.strides)
     scores = _score_numbers(form)
     numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, form.scale, *scores, form.dropout, form.seed_offset)
 
     block_m, block_n, warps, stages = _blocks("grad_query", q, v, form)
     launch(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
-        dy, q, k, v, out, mask, form.seed, stats, delta, dq, *strides, *numbers,
+        dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), form.seed, stats, delta, dq,
+        *strides, *numbers,
         **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_m, block_n, warps, stages = _blocks("grad_key_value", q, v, form)
     launch(
         _grad_key_value_kernel, (B * kv_heads * triton.cdiv(Tk, block_n),),
-        dy, q, k, v, mask, form.seed, stats, delta, dk, dv, *strides, *numbers,
+        dy, q, k, v, mask, *rows, rows.query_ranges(block_n), form.seed, stats, delta, dk, dv,
+        *strides, *numbers,
         **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dmask = None
@@ -173,7 +204,7 @@ def backward(
         tiles = (triton.cdiv(sizes[2], block_m), triton.cdiv(sizes[3], block_n))
         launch(
             grad_bias_kernel, (sizes[0] * sizes[1] * tiles[0] * tiles[1],),
-            dy, q, k, v, mask, form.seed, stats, delta, dmask, *strides, B, *numbers,
+            dy, q, k, v, mask, *rows, form.seed, stats, delta, dmask, *strides, B, *numbers,
             **_constants(q, v, form, block_m, block_n),
             BATCHES=sizes[0] > 1 or B == 1, HEADS=sizes[1] > 1 or H == 1,
             ROWS=sizes[2] > 1, COLUMNS=sizes[3] > 1, num_warps=warps, num_stages=stages,

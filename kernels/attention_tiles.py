@@ -2,6 +2,8 @@
 
 MASK says what a mask tensor holds (NO_MASK, BOOL_MASK, ADDITIVE_MASK), BAND which keys a query sees by its
 place: all, those up to its own index, or low <= key - query <= high. CAP is how scores are capped.
+ALIBI says what slopes are multiplied by, if there are any (NO_ALIBI, INDICES, PLACES); DOCUMENTS whether
+queries and keys have document numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ LOG2E = 1.4426950408889634
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 FULL, CAUSAL, BAND = 0, 1, 2
 UNCAPPED, CAPPED, CAPPED_EXACTLY = 0, 1, 2
+NO_ALIBI, INDICES, PLACES = 0, 1, 2
 
 
 @triton.jit
@@ -39,10 +42,17 @@ def store_rows(base_ptr, rows, stride_row, block, ROWS, D: tl.constexpr, BLOCK_D
 
 @triton.jit
 def mask_scores(
-    scores, m, n, mask_ptr, stride_mm, stride_mn, Tq, Tk, low, high,
+    scores, m, n, mask_ptr, stride_mm, stride_mn, slope, places_ptr, documents_ptr, key_documents_ptr,
+    Tq, Tk, low, high, offset,
     MASK: tl.constexpr, BAND: tl.constexpr, BOUNDED: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Scores with what may not be attended at -inf. m and n broadcast to the tile, in either orientation."""
+    """Scores with ALiBi's bias, and what may not be attended at -inf. m and n broadcast to the tile, in
+    either orientation."""
+    if ALIBI == 1:
+        scores += slope * (n - m - offset).to(tl.float32)
+    if ALIBI == 2:
+        scores += slope * tl.load(places_ptr + n, mask=n < Tk, other=0).to(tl.float32)
     if MASK != 0:
         ptrs = mask_ptr + m.to(tl.int64) * stride_mm + n.to(tl.int64) * stride_mn
         inside = (m < Tq) & (n < Tk)
@@ -60,7 +70,25 @@ def mask_scores(
         scores = tl.where(n <= m, scores, float("-inf"))
     if BAND == 2:
         scores = tl.where((n - m >= low) & (n - m <= high), scores, float("-inf"))
+    if DOCUMENTS:
+        ours = tl.load(documents_ptr + m, mask=m < Tq, other=0)
+        theirs = tl.load(key_documents_ptr + n, mask=n < Tk, other=0)
+        scores = tl.where(ours == theirs, scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def slope_of(slopes_ptr, stride_sb, stride_sh, batch, head):
+    """A head's slope, in units of log2."""
+    return tl.load(slopes_ptr + batch * stride_sb + head * stride_sh).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def within(first, last, ranges_ptr, batch, block, blocks, BLOCK: tl.constexpr):
+    """(first, last) narrowed to where the documents of a block are; first stays a multiple of BLOCK."""
+    ranges_ptr += (batch * blocks + block) * 2
+    first = tl.maximum(first, tl.load(ranges_ptr) // BLOCK * BLOCK)
+    return first, tl.minimum(last, tl.load(ranges_ptr + 1))
 
 
 @triton.jit

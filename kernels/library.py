@@ -27,6 +27,7 @@ def define(
     *,
     autograd: Callable[..., Any] | None = None,
     autocast: str | None = None,
+    autocast_keeps: tuple[str, ...] = (),
     tags: tuple[torch.Tag, ...] = (),
 ) -> Any:
     """Register an op and return its overload.
@@ -39,6 +40,7 @@ def define(
             inner forward and backward ops, which nobody differentiates.
         autocast: what ambient autocast does to a direct call: "lower" casts floating tensors to the autocast
             dtype, "float32" casts them up, None leaves them.
+        autocast_keeps: arguments that autocast leaves as they are.
         tags: torch.Tag values for the schema.
     """
     name = schema.split("(", 1)[0]
@@ -63,24 +65,31 @@ def define(
         LIBRARY.impl(name, autograd, "Autograd")
     if autocast is not None:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            LIBRARY.impl(name, _autocast_kernel(overload, device, key, autocast), key, with_keyset=True)
+            kernel = _autocast_kernel(overload, device, key, autocast, autocast_keeps)
+            LIBRARY.impl(name, kernel, key, with_keyset=True)
     return overload
 
 
-def _autocast_kernel(overload: Any, device: str, key: str, policy: str) -> Callable[..., Any]:
+def _autocast_kernel(
+    overload: Any, device: str, key: str, policy: str, keeps: tuple[str, ...]
+) -> Callable[..., Any]:
+    names = [argument.name for argument in overload._schema.arguments]
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(device)
 
-        def cast(value: Any) -> Any:
+        def cast(name: str, value: Any) -> Any:
             eligible = (
-                isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.dtype != torch.float64
+                and name not in keeps
             )
             return value.to(dtype) if eligible else value
 
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return overload(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+            return overload(*map(cast, names, args), **{name: cast(name, v) for name, v in kwargs.items()})
 
     return kernel
 

@@ -1,10 +1,27 @@
-"""Affine forms over whole numbers and conjunctions of `form <= 0`: what a mask of index arithmetic says."""
+"""Affine forms over whole numbers and conjunctions of `form <= 0`: what a mask of index arithmetic says.
+
+A variable is an index into the mask, by its name, or a number read from a tensor that holds data.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 QUERY, KEY = "query", "key"
+
+
+class Reading(NamedTuple):
+    """The element of an integer tensor at an index: of any sign, and the same wherever it is read again.
+
+    source: the tensor's node; or (name, number) of a function of the one index, as ("floor_divide", 4).
+    """
+
+    source: Any
+    at: tuple[Affine, ...]
+
+
+Variable = str | Reading
 
 
 @dataclass(frozen=True)
@@ -12,7 +29,7 @@ class Affine:
     """constant + sum of coefficient * variable, over whole numbers."""
 
     constant: int
-    terms: frozenset[tuple[str, int]] = frozenset()
+    terms: frozenset[tuple[Variable, int]] = frozenset()
 
     def plus(self, other: Affine, factor: int = 1) -> Affine:
         sums = dict(self.terms)
@@ -26,7 +43,23 @@ class Affine:
         return Affine(0).plus(self, factor)
 
     def never_negative(self) -> bool:
-        return self.constant >= 0 and all(coefficient >= 0 for _, coefficient in self.terms)
+        return (
+            self.constant >= 0 and not self.reads() and all(coefficient >= 0 for _, coefficient in self.terms)
+        )
+
+    def reads(self) -> bool:
+        """Whether data takes part."""
+        return any(isinstance(name, Reading) for name, _ in self.terms)
+
+    def renamed(self, names: dict[str, str]) -> Affine:
+        """With other names for indices, also for those of what is read."""
+
+        def rename(variable: Variable) -> Variable:
+            if isinstance(variable, str):
+                return names.get(variable, variable)
+            return variable._replace(at=tuple(i.renamed(names) for i in variable.at))
+
+        return Affine(self.constant, frozenset((rename(name), factor) for name, factor in self.terms))
 
 
 @dataclass(frozen=True)

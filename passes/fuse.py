@@ -268,7 +268,8 @@ class _Fuser:
             return self.seed_node(match, before)
         if not isinstance(argument, New):
             return argument
-        node = self.graph.call_function(argument.target, argument.args)
+        args = tuple(self.materialise(arg, match, before) for arg in argument.args)
+        node = self.graph.call_function(argument.target, args)
         _describe_node(node, match.root, _value(argument, match.root))
         return node
 
@@ -326,10 +327,13 @@ def _insertion_point(match: Match) -> fx.Node:
     return min([match.root, *readers])
 
 
-def _operands(arguments: dict[str, Any]) -> list[fx.Node]:
+def _operands(arguments: dict[Any, Any]) -> list[fx.Node]:
     nodes: list[fx.Node] = []
     for value in arguments.values():
-        fx.node.map_arg(value.args if isinstance(value, New) else value, nodes.append)
+        if isinstance(value, New):
+            nodes += _operands(dict(enumerate(value.args)))
+        else:
+            fx.node.map_arg(value, nodes.append)
     return nodes
 
 
@@ -348,8 +352,9 @@ def _value(argument: Any, near: fx.Node) -> Any:
 
 
 def _run_fake(target: Any, arguments: Any, near: fx.Node) -> Any:
+    given = [_run_fake(*a, near) if isinstance(a, New) else fx.node.map_arg(a, value_of) for a in arguments]
     with value_of(near).fake_mode, enable_python_dispatcher():
-        return target(*(fx.node.map_arg(a, value_of) for a in arguments))
+        return target(*given)
 
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:

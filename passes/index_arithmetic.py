@@ -1,6 +1,6 @@
 """The element of a tensor at a symbolic index, read from its graph: views, gathers, comparisons.
 
-Whatever is not understood is None; sizes may be symbolic.
+An integer that is not understood is a `Reading` of its tensor, anything else None; sizes may be symbolic.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusekit.passes.affine import TRUE, ZERO, Affine, Index, Predicate
+from fusekit.passes.affine import TRUE, ZERO, Affine, Index, Predicate, Reading
 from fusekit.passes.spelling import spell, value_of
 
 Value = Affine | Predicate | None
@@ -63,7 +63,13 @@ def element(node: Any, index: Index) -> Value:
         return None
     name, args = spell(node)
     reader = _READERS.get(name)
-    return reader(node, args, index) if reader else None
+    found = reader(node, args, index) if reader else None
+    return read(node, index) if found is None and value_of(node).dtype in EXACT else found
+
+
+def read(node: fx.Node, index: Index) -> Affine:
+    """The element, as a number that is not known until the model runs."""
+    return Affine(0, frozenset({(Reading(node, index), 1)}))
 
 
 def _operand(node: Any, index: Index) -> Value:
@@ -81,21 +87,35 @@ def _arange(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     return index[0].times(step).plus(Affine(start))
 
 
-def _unsqueeze(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
-    dim = args[1] % len(index)
-    return element(args[0], index[:dim] + index[dim + 1 :])
+def unwrapped(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """What a view with other dimensions of size one, a repetition or a copy is made of; the index there."""
+    name, args = spell(node)
+    if name in ("expand", "clone", "contiguous"):
+        return args[0], aligned(args[0], index)
+    if name == "unsqueeze":
+        dim = args[1] % len(index)
+        return args[0], index[:dim] + index[dim + 1 :]
+    if name in ("squeeze", "reshape"):
+        inner = _reshaped(node, args[0], index)
+        return None if inner is None else (args[0], inner)
+    return None
 
 
-def _reshape(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
+def _unwrap(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
+    inner = unwrapped(node, index)
+    return None if inner is None else element(*inner)
+
+
+def _reshaped(node: fx.Node, source: fx.Node, index: Index) -> Index | None:
     """Only where dimensions of size one come or go."""
-    old, new = value_of(args[0]).shape, value_of(node).shape
+    old, new = value_of(source).shape, value_of(node).shape
     kept = [i for i, size in zip(index, new, strict=True) if not statically_known_true(size == 1)]
     sizes = [size for size in new if not statically_known_true(size == 1)]
     before = [size for size in old if not statically_known_true(size == 1)]
     if len(sizes) != len(before) or not all(map(_known_equal, sizes, before)):
         return None
     remaining = iter(kept)
-    return element(args[0], tuple(ZERO if statically_known_true(s == 1) else next(remaining) for s in old))
+    return tuple(ZERO if statically_known_true(s == 1) else next(remaining) for s in old)
 
 
 def _known_equal(a: Any, b: Any) -> bool:
@@ -109,14 +129,23 @@ def _transpose(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     return element(args[0], tuple(swapped))
 
 
-def _slice(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
-    _, dim, (start,), step = args
+def sliced(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """What a slice with numbers for its start and step is taken of, and the index there."""
+    name, args = spell(node)
+    if name != "slice":
+        return None
+    source, dim, (start,), step = args
     if type(start) is not int or type(step) is not int or start < 0:
         return None
-    if start and not _start_is_inside(value_of(args[0]).shape[dim], start):
+    if start and not _start_is_inside(value_of(source).shape[dim], start):
         return None
     dim %= len(index)
-    return element(args[0], (*index[:dim], index[dim].times(step).plus(Affine(start)), *index[dim + 1 :]))
+    return source, (*index[:dim], index[dim].times(step).plus(Affine(start)), *index[dim + 1 :])
+
+
+def _slice(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
+    inner = sliced(node, index)
+    return None if inner is None else element(*inner)
 
 
 def _start_is_inside(size: Any, start: int) -> bool:
@@ -240,6 +269,8 @@ def _diff(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     here, first, before = at(source, Affine(0, frozenset({("step", 1)}))), at(source, ZERO), at(front, ZERO)
     if not (isinstance(here, Affine) and isinstance(first, Affine) and isinstance(before, Affine)):
         return None
+    if here.reads() or first.reads() or before.reads():
+        return None
     slope = Affine(dict(here.terms).get("step", 0))
     return slope if first.plus(before, -1) == slope else None
 
@@ -257,7 +288,17 @@ def _cast(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     dtype = value_of(node).dtype
     if isinstance(value, Predicate):
         return value
+    if isinstance(value, Affine) and value.reads() and value_of(args[0]).dtype != dtype:
+        return None  # an index fits any of them, data may wrap around
     return value if dtype in EXACT else None
+
+
+def _quotient(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
+    """Chunks: the index over a number, rounded down."""
+    value, divisor = _operand(args[0], index), args[1]
+    if not isinstance(value, Affine) or type(divisor) is not int or value_of(node).dtype not in EXACT:
+        return None
+    return Affine(0, frozenset({(Reading(("floor_divide", divisor), (value,)), 1)}))
 
 
 def _ones(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
@@ -266,10 +307,10 @@ def _ones(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
 
 _READERS: dict[str, Callable[[fx.Node, tuple[Any, ...], Index], Value]] = {
     "arange": _arange,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _reshape,
-    "reshape": _reshape,
-    "expand": lambda node, args, index: _operand(args[0], index),
+    "unsqueeze": _unwrap,
+    "squeeze": _unwrap,
+    "reshape": _unwrap,
+    "expand": _unwrap,
     "to": _cast,
     "clone": _cast,
     "contiguous": _cast,
@@ -298,4 +339,5 @@ _READERS: dict[str, Callable[[fx.Node, tuple[Any, ...], Index], Value]] = {
     "full_like": _ones,
     "diff": _diff,
     "cumsum": _cumsum,
+    "floor_divide": _quotient,
 }

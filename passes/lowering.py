@@ -344,13 +344,17 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _is_mask(node: fx.Node, source: fx.Node) -> bool:
-    """An additive mask stays float32: finfo(float32).min would round to minus infinity."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is aten.scaled_dot_product_attention or getattr(node.target, "_opname", "") == "attention":
-        return source is (node.args[3] if len(node.args) > 3 else None) or source in (
-            node.kwargs.get("attn_mask"), node.kwargs.get("mask"),
-        )  # fmt: skip
-    return False
+    """An additive mask stays float32: finfo(float32).min would round to minus infinity. So do ALiBi's slopes
+    and the places that they multiply: 2049 has no bfloat16."""
+    if getattr(node.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
+        names: tuple[str, ...] = ("attn_mask",)
+    elif getattr(node.target, "_opname", "") == "attention":
+        names = ("mask", "slopes", "places")
+    else:
+        return False
+    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(schema, node.args, strict=False)), **node.kwargs}
+    return any(given.get(name) is source for name in names)
 
 
 def _nodes(values: Iterable[Any]) -> list[fx.Node]:

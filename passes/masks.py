@@ -6,11 +6,13 @@ index arithmetic is followed through views and gathers as affine forms, comparis
 everything else stays a tensor. Only what is proved is dropped: atoms that bound `key - query` by a number,
 which are the op's causal, window and offset, and atoms that are constant and true. A wrong proof would train
 another model without a sound, so there is no guessing here: whatever is not understood keeps its tensor.
-Sizes may be symbolic.
+One equality of numbers of the query and of the key becomes the op's documents (documents.py). Sizes may be
+symbolic.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +22,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusekit.kernels.attention_form import UNBOUNDED, band
 from fusekit.passes.affine import KEY, QUERY, TRUE, Affine, Predicate, simplified, variables
+from fusekit.passes.documents import Documents, documents_of
 from fusekit.passes.index_arithmetic import Value, aligned, constant, element, is_written
+from fusekit.passes.mask_parts import Part, parts_of
 from fusekit.passes.spelling import spell, value_of
 
 UP_TO = frozenset({(KEY, 1), (QUERY, -1)})  # key - query + constant <= 0
@@ -28,32 +32,49 @@ FROM = frozenset({(KEY, -1), (QUERY, 1)})
 
 
 class Mask(NamedTuple):
-    """A mask as the op's band (kernels/attention_form.py) and `rest`; rest None is true everywhere."""
+    """A mask as the op's band (kernels/attention_form.py), documents and `rest`, a node or one to be made;
+    rest None is true everywhere."""
 
     causal: bool
-    rest: fx.Node | None
+    rest: Any
     window: int | None = None
     offset: int = 0
+    documents: Documents | None = None
 
     def leaves_a_key(self, shape: Sequence[Any]) -> bool:
         """Whether every query of a mask of this shape is proved to see a key."""
         low, high = band(self.causal, self.window, self.offset)
         if self.rest is not None or high < 0:
             return False
+        if self.documents is not None:  # its own, at the same index
+            return self.documents.own and low <= 0 and statically_known_true(shape[-2] <= shape[-1])
         return self.window is None or statically_known_true(shape[-2] + low <= shape[-1])
 
 
 def recover(mask: fx.Node) -> Mask:
     """Take a boolean mask (True may attend; its last two dimensions are query and key) apart."""
-    parts = [(part, predicate(part)) for part in _conjuncts(mask)]
-    if any(is_written(part) for part, _ in parts):  # it may hold something else by now
+    parts = parts_of(mask)
+    if any(is_written(part.node) for part in parts):  # it may hold something else by now
         return Mask(False, mask)
-    bands = [p for _, p in parts if is_band(p)]
-    rest = [part for part, p in parts if not is_band(p)]
-    found = from_band(bands)
-    if found is None or len(rest) > 1:  # joining several tensors again would cost what it saves
+    documents, parts = _documents(parts)
+    said = [part.predicate() for part in parts]
+    if documents is not None:
+        said = [documents.by_index(p) for p in said]
+    rest = [part.tensor for part, p in zip(parts, said, strict=True) if not is_band(p)]
+    found = from_band([p for p in said if is_band(p)])
+    if found is None or len(rest) > 1 or None in rest:  # joining several again would cost what it saves
         return Mask(False, mask)
-    return found._replace(rest=rest[0]) if rest else found
+    return found._replace(rest=rest[0] if rest else None, documents=documents)
+
+
+def _documents(parts: list[Part]) -> tuple[Documents | None, list[Part]]:
+    """The one part that the op takes as documents, rather one that says more, and the others."""
+    found = [(part, documents_of(part)) for part in parts if not is_band(part.predicate())]
+    candidates = [(documents.places is not None, i) for i, (_, documents) in enumerate(found) if documents]
+    if not candidates:
+        return None, parts
+    chosen, documents = found[max(candidates, key=lambda candidate: candidate[0])[1]]
+    return documents, [part for part in parts if part is not chosen]
 
 
 def recover_additive(mask: fx.Node, lowest: float) -> Mask | None:
@@ -64,8 +85,37 @@ def recover_additive(mask: fx.Node, lowest: float) -> Mask | None:
     be replaced.
     """
     allowed = _additive_predicate(mask, lowest)
-    found = from_band([allowed]) if is_band(allowed) else None
+    found = from_band([allowed]) if is_band(allowed) else _chosen(mask, lowest)
     return found if found is not None and found.leaves_a_key(value_of(mask).shape) else None
+
+
+def _chosen(mask: fx.Node, lowest: float) -> Mask | None:
+    """What a boolean mask says that chooses between 0 and `lowest`."""
+    if is_written(mask):
+        return None
+    name, args = spell(mask)
+    if name in ("to", "clone", "contiguous"):
+        return _chosen(args[0], lowest) if _keeps_infinity(mask) and _is_floating(args[0]) else None
+    if name == "where" and constant(args[1]) == 0 and _is_low(constant(args[2]), lowest):
+        return recover(args[0])
+    if name == "masked_fill" and constant(args[0]) == 0 and _is_low(args[2], lowest):
+        return recover_forbidden(args[1])
+    return None
+
+
+def recover_forbidden(mask: fx.Node) -> Mask | None:
+    """Read a boolean mask that is True where a key may not be attended to; None where that takes a complement
+    to be computed."""
+    if is_written(mask):
+        return None
+    name, args = spell(mask)
+    if name == "not" and value_of(args[0]).dtype == torch.bool:
+        return recover(args[0])
+    if name == "to" and _is_floating(args[0]):  # MPT's: finfo.min is true, and 0 false
+        return _chosen(args[0], -math.ulp(0.0))
+    forbidden = predicate(mask)
+    allowed = None if forbidden is None else forbidden.opposite()
+    return from_band([allowed]) if is_band(allowed) else None
 
 
 def split_additive(mask: fx.Node, lowest: float) -> Mask | None:
@@ -82,10 +132,13 @@ def split_additive(mask: fx.Node, lowest: float) -> Mask | None:
                 found = recover_additive(band_node, lowest)
                 if found is not None:
                     return found._replace(rest=bias)
+    if name == "masked_fill" and _is_floating(args[0]) and _is_low(args[2], lowest):
+        found = recover_forbidden(args[1]) if constant(args[0]) is None else None
+        if found is not None and found.leaves_a_key(value_of(args[1]).shape):
+            return found._replace(rest=args[0])
     if name == "where" and _is_floating(args[1]) and constant(args[1]) is None:
-        allowed = predicate(args[0])
-        found = from_band([allowed]) if is_band(allowed) else None
-        if found and found.leaves_a_key(value_of(args[0]).shape) and _is_low(constant(args[2]), lowest):
+        found = recover(args[0])
+        if found.leaves_a_key(value_of(args[0]).shape) and _is_low(constant(args[2]), lowest):
             return found._replace(rest=args[1])
     return recover_additive(mask, lowest)
 
@@ -116,19 +169,6 @@ def predicate(mask: fx.Node) -> Predicate | None:
     """What a mask says about (query, key), None where it is not made of index arithmetic alone."""
     value = element(mask, aligned(mask, variables(value_of(mask).dim())))
     return simplified(value) if isinstance(value, Predicate) else None
-
-
-def _conjuncts(node: fx.Node) -> list[fx.Node]:
-    name, args = spell(node)
-    if is_written(node):
-        return [node]
-    if name == "expand":  # what it repeats, the op repeats without memory
-        return _conjuncts(args[0])
-    if name != "and":
-        return [node]
-    if all(isinstance(a, fx.Node) and value_of(a).dtype == torch.bool for a in args):
-        return [part for a in args for part in _conjuncts(a)]
-    return [node]
 
 
 def _additive_predicate(node: fx.Node, lowest: float) -> Predicate | None:

@@ -63,7 +63,7 @@ SEED = object()
 
 
 class New(NamedTuple):
-    """A node to be made in front of the fused one: `target(*args)`."""
+    """A node to be made in front of the fused one: `target(*args)`; args may be such nodes."""
 
     target: Any
     args: tuple[Any, ...]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusekit.kernels.attention_form import band
+from fusekit.kernels.attention_form import band, rows_of
 from fusekit.passes.masks import Mask, recover, recover_additive, split_additive
 from fusekit.passes.normalise import normalise_graph
+from fusekit.passes.pattern import New
 
 INF = float("inf")
 
@@ -38,15 +39,32 @@ def _run(graph: fx.GraphModule, node: fx.Node, *inputs: Tensor) -> Tensor:
     return fx.GraphModule(graph, copy)(*inputs)
 
 
+def _value(graph: fx.GraphModule, found: Any, *inputs: Tensor) -> Tensor:
+    """The value of an inner node, or of one to be made of it."""
+    if isinstance(found, New):
+        return found.target(_run(graph, found.args[0], *inputs), *found.args[1:])
+    return _run(graph, found, *inputs)
+
+
+def _seen(graph: fx.GraphModule, found: Mask, rows: int, columns: int, *inputs: Tensor) -> Tensor:
+    """The band and the documents as a dense mask, without the rest."""
+    low, high = band(found.causal, found.window, found.offset)
+    seen = torch.ones(rows, columns, dtype=torch.bool).tril(high).triu(low)
+    if found.documents is None:
+        return seen
+    ours, theirs = (rows_of(_value(graph, x, *inputs)) for x in found.documents[:2])
+    assert ours.shape in ((1, rows), (2, rows)) and theirs.shape in ((1, columns), (2, columns))
+    return seen & (ours[:, None, :, None] == theirs[:, None, None, :])
+
+
 def _is_consistent(build: Callable[..., Tensor], rows: int, columns: int, *inputs: Tensor) -> Mask:
     """That what is recovered is the dense mask, and what was said of rows without keys; returns the mask."""
     dense = build(*inputs).expand(2, 1, rows, columns)
     graph, node = _traced(build, *inputs)
     found = recover(node)
-    low, high = band(found.causal, found.window, found.offset)
-    again = torch.ones(rows, columns, dtype=torch.bool).tril(high).triu(low)
+    again = _seen(graph, found, rows, columns, *inputs)
     if found.rest is not None:
-        again = again & _run(graph, found.rest, *inputs)
+        again = again & _value(graph, found.rest, *inputs)
     torch.testing.assert_close(again.expand_as(dense), dense, rtol=0, atol=0)
     assert not found.leaves_a_key(node.meta["val"].shape) or dense.any(-1).all()
     return found
@@ -76,8 +94,12 @@ def _positions(draw: Any, length: int, query: bool) -> Callable[[Tensor], Tensor
 @st.composite
 def _mask(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
     """A random boolean mask of (2, 1, rows, columns) or something that broadcasts to it."""
-    kinds = ["compare", "compare", "sign", "triangle", "padding", "and", "not", "window", "equal"]
-    kind = draw(st.sampled_from(kinds))
+    kinds = ["compare", "compare", "sign", "triangle", "padding", "and", "and", "not", "window", "equal"]
+    kind = draw(st.sampled_from([*kinds, "documents", "packed"]))
+    if kind == "documents":
+        return draw(_documents(rows, columns))
+    if kind == "packed":
+        return draw(_packed(rows, columns))
     if kind == "compare":
         q, k = draw(_positions(rows, True)), draw(_positions(columns, False))
         compare = draw(st.sampled_from([torch.le, torch.lt, torch.ge, torch.gt]))
@@ -130,7 +152,73 @@ def _mask(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
     return lambda pad: shaped(join(inner(pad), other(pad)))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+def _data(pad: Tensor) -> Tensor:
+    """(2, twice the columns) of whole numbers that never fall, from the one input there is."""
+    return torch.cat((pad, ~pad), 1).long().cumsum(-1)
+
+
+@st.composite
+def _documents(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    """Equal ids of query and key in many spellings, some of which are not of the op's kind."""
+    make = draw(
+        st.sampled_from(
+            [
+                _data,
+                lambda pad: _data(pad) % 2,  # in no order
+                lambda pad: _data(pad).int(),
+                lambda pad: _data(pad).float(),
+                lambda pad: (torch.arange(2 * columns) // 3).expand(2, -1),
+                lambda pad: (torch.arange(2 * columns) - _data(pad)[:, :1]) // 2,
+            ]
+        )
+    )
+    style, shift = draw(st.integers(0, 6)), draw(st.sampled_from([0, 0, 1]))
+
+    def build(pad: Tensor) -> Tensor:
+        ids = make(pad)
+        q, k = ids[:, :rows], ids[:, shift : shift + columns]
+        if style == 0:
+            return q[:, None, :, None] == k[:, None, None, :]
+        if style == 1:
+            return (k[:, None, :] == q[:, :, None])[:, None]
+        if style == 2:  # one element's numbers for all; the head in the place of the batch
+            return q[0][:, None] == k[:1][:, None, None]
+        if style == 3:
+            return q[:, :, None].eq(k.unsqueeze(1)).unsqueeze(1).expand(2, 1, rows, columns)
+        if style == 4:
+            return (q[:, None, :, None] != k[:, None, None, :]).logical_not()
+        if style == 5:
+            batch, i, j = torch.arange(2)[:, None, None, None], torch.arange(rows), torch.arange(columns)
+            return ids[batch, i[None, None, :, None]] == ids[batch, (j + shift)[None, None, None, :]]
+        return (q[:, :, None] == k[:, None, :] + q[:, :1, None])[:, None]
+
+    return build
+
+
+@st.composite
+def _packed(draw: Any, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    """Positions that start again in each document, compared within it, and what is nearly that."""
+    growth, ahead = draw(st.sampled_from([1, 1, 1, 2])), draw(st.sampled_from([0, 0, 1]))
+    fronts, width = draw(st.sampled_from([1, 1, 1, 2])), draw(st.sampled_from([None, None, 2]))
+    other, alone, early = (draw(st.integers(0, 7)) == 0 for _ in range(3))
+
+    def build(pad: Tensor) -> Tensor:
+        line = torch.arange(max(rows, columns)) - _data(pad)[:, : max(rows, columns)] * 2
+        front = line[:, :1].expand(2, fronts) - 1
+        ids = (torch.diff(line, prepend=front, dim=-1) != growth).cumsum(-1)
+        ids = ids[:, :-1] if fronts == 2 and early else ids[:, fronts - 1 :]
+        line = line + _data(pad)[:, : max(rows, columns)] if other else line
+        batch = torch.arange(2)[:, None, None, None]
+        q, k = torch.arange(rows)[None, None, :, None], torch.arange(columns)[None, None, None, :]
+        seen = line[batch, k] <= line[batch, q] + ahead
+        if width is not None:
+            seen = seen & (line[batch, k] > line[batch, q] - width)
+        return seen if alone else (ids[batch, q] == ids[batch, k]) & seen
+
+    return build
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
 def test_what_is_recovered_is_the_mask(data: Any) -> None:
     rows, columns = data.draw(st.sampled_from([(5, 5), (4, 6), (6, 4)]))
@@ -163,9 +251,8 @@ def test_an_added_mask_taken_apart_gives_the_same_softmax(data: Any) -> None:
     found = split_additive(node, -3e4)
     if found is None:
         return
-    low, high = band(found.causal, found.window, found.offset)
-    seen = torch.ones(rows, columns, dtype=torch.bool).tril(high).triu(low)
-    rest = torch.zeros(()) if found.rest is None else _run(graph, found.rest, pad, bias)
+    seen = _seen(graph, found, rows, columns, pad, bias)
+    rest = torch.zeros(()) if found.rest is None else _value(graph, found.rest, pad, bias)
     scores = torch.randn(2, 2, rows, columns, generator=torch.Generator().manual_seed(2))
     ours = (scores + rest).masked_fill(~seen, -INF).softmax(-1)
     torch.testing.assert_close(ours, (scores + build(pad, bias)).softmax(-1), equal_nan=False)

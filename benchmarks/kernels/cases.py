@@ -124,18 +124,20 @@ def _add_rms_norm(x, residual, weight, eps, offset=0.0):  # type: ignore[no-unty
 
 def _attention(
     q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False,
-    window=None, offset=0, softcap=None, sinks=None,
+    window=None, offset=0, softcap=None, sinks=None, slopes=None, places=None, documents=None,
+    key_documents=None,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     if softcap is not None or sinks is not None:  # PyTorch has no such attention: written out
         return attention_reference(
-            q, k, v, mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks
-        )
+            q, k, v, mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks,
+            slopes, places, documents, key_documents,
+        )  # fmt: skip
+    for more in (_alibi(q, k, slopes, places, offset), _same_document(documents, key_documents)):
+        mask = _joined(mask, more)
     if window is not None or (causal and (offset or mask is not None)):
         low, high = band(causal, window, offset)
         keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(high).triu(low)
-        added = mask is not None and mask.dtype != torch.bool
-        mask = mask.masked_fill(~keep, -math.inf) if added else keep if mask is None else mask & keep
-        causal = False
+        mask, causal = _joined(mask, keep), False
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout, causal, scale=scale, **({"enable_gqa": True} if grouped else {})
@@ -145,6 +147,37 @@ def _attention(
 def _linear_fp8(x, weight, bias=None, act="none", *_):  # type: ignore[no-untyped-def]
     """The layer without FP8: what FP8 has to be worth."""
     return _linear_act(x, weight.to(x.dtype), _like(bias, x), None, act)
+
+
+def _alibi(q: Tensor, k: Tensor, slopes: Tensor | None, places: Tensor | None, offset: int) -> Tensor | None:
+    """ALiBi as a model adds it, in q's dtype."""
+    if slopes is None:
+        return None
+    if places is None:
+        queries, keys = (torch.arange(x.shape[-2], device=q.device) for x in (q, k))
+        places = keys - queries[:, None] - offset
+    else:
+        places = places.unsqueeze(-2).unsqueeze(-2)
+    return (slopes[..., None, None] * places).to(q.dtype)
+
+
+def _same_document(documents: Tensor | None, key_documents: Tensor | None) -> Tensor | None:
+    if documents is None:
+        return None
+    keys = documents if key_documents is None else key_documents
+    return (documents[..., :, None] == keys[..., None, :]).view(-1, 1, documents.shape[-1], keys.shape[-1])
+
+
+def _joined(mask: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Two masks as one, boolean or added."""
+    if mask is None or more is None:
+        return more if mask is None else mask
+    if mask.dtype != torch.bool and more.dtype != torch.bool:
+        return mask + more
+    if mask.dtype == torch.bool and more.dtype == torch.bool:
+        return mask & more
+    added, keep = (more, mask) if mask.dtype == torch.bool else (mask, more)
+    return torch.where(keep, added, -math.inf)
 
 
 def _mlp(x, w1, b1, w2, b2, residual=None, act="gelu", tf32=False):  # type: ignore[no-untyped-def]

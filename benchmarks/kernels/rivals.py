@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusekit.kernels import OPS
+from fusekit.kernels.attention_form import Form
+
 
 class Unfit(Exception):
     """The library has no kernel for these arguments."""
@@ -76,44 +79,69 @@ def _quack_rms(x, residual, weight, eps, offset=0.0):  # type: ignore[no-untyped
     return rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
 
 
-def _plain_attention(mask: Tensor | None, dropout: float, tf32: bool, q: Tensor) -> None:
-    if mask is not None:
+_ATTENTION: Any = OPS["attention"].fused
+
+
+def _form(q: Tensor, k: Tensor, v: Tensor, *settings: Any, able: tuple[str, ...] = ()) -> Form:
+    """The op's arguments by name; those that are none of a library's abilities are `Unfit`."""
+    defaults = [argument.default_value for argument in _ATTENTION._schema.arguments[3 + len(settings) :]]
+    form = Form(*settings, *defaults)
+    if form.mask is not None:
         raise Unfit("measured without a mask only")
-    if dropout:
+    if form.dropout:
         raise Unfit("draws other random numbers than the op")
-    if tf32 or q.dtype == torch.float32:
+    if form.tf32 or q.dtype == torch.float32:
         raise Unfit("takes float16 and bfloat16")
+    for name in ("window", "softcap", "sinks", "slopes", "places", "documents"):
+        if getattr(form, name) is not None and name not in able:
+            raise Unfit(f"has no {name}")
+    return form
 
 
-def _flash_attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False):  # type: ignore[no-untyped-def] # fmt: skip # noqa: E501
-    _plain_attention(mask, dropout, tf32, q)
-    if causal and q.shape[-2] != k.shape[-2]:
-        raise Unfit("aligns a causal mask at the last key, the op at the first")
+def _flash_attention(q, k, v, *settings):  # type: ignore[no-untyped-def]
+    form = _form(q, k, v, *settings, able=("window", "softcap", "slopes"))
+    if (form.causal or form.slopes is not None) and form.offset != k.shape[-2] - q.shape[-2]:
+        raise Unfit("aligns the last query with the last key")
+    if not form.causal and (form.window is not None or form.slopes is not None):
+        raise Unfit("looks both ways from a query without causal, the op does not")
     from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal).transpose(1, 2)
+    out = flash_attn_func(
+        q, k, v, softmax_scale=form.scale, causal=form.causal,
+        window_size=(-1, -1) if form.window is None else (form.window - 1, 0),
+        softcap=form.softcap or 0.0,
+        alibi_slopes=None if form.slopes is None else form.slopes.float(),
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
-def _xformers_attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False):  # type: ignore[no-untyped-def] # fmt: skip # noqa: E501
-    _plain_attention(mask, dropout, tf32, q)
+def _top_left(form: Form) -> None:
+    if form.causal and form.offset:
+        raise Unfit("aligns a causal mask at the first key only")
+
+
+def _xformers_attention(q, k, v, *settings):  # type: ignore[no-untyped-def]
+    form = _form(q, k, v, *settings)
+    _top_left(form)
     if q.shape[1] != k.shape[1]:
         raise Unfit("grouped queries need repeated keys there")
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    bias = LowerTriangularMask() if causal else None
-    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+    bias = LowerTriangularMask() if form.causal else None
+    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=form.scale).transpose(1, 2)
 
 
 def _sdpa_with(backend: str) -> Callable[..., Tensor]:
-    def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False):  # type: ignore[no-untyped-def] # fmt: skip # noqa: E501
-        _plain_attention(mask, dropout, tf32, q)
+    def attention(q, k, v, *settings):  # type: ignore[no-untyped-def]
+        form = _form(q, k, v, *settings)
+        _top_left(form)
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(getattr(SDPBackend, backend)):
             grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=form.causal, scale=form.scale, **grouped)
 
     return attention
 

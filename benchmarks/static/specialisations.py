@@ -136,8 +136,8 @@ def _calls(op: Op) -> Iterator[tuple[tuple[Any, ...], bool]]:
         for sample in samples:
             yield sample.args, sample.bench
             if tf32 and dtype == torch.float32:
-                defaults = [a.default_value for a in schema[len(sample.args) : tf32[0]]]
-                yield (*sample.args, *defaults, True)[: tf32[0] + 1], sample.bench
+                args = (*sample.args, *(a.default_value for a in schema[len(sample.args) : tf32[0] + 1]))
+                yield (*args[: tf32[0]], True, *args[tf32[0] + 1 :]), sample.bench
 
 
 def forward_and_backward(op: Op, args: tuple[Any, ...]) -> None:

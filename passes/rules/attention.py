@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.passes.affine import Predicate
+from fusekit.passes.affine import Index, Predicate
+from fusekit.passes.alibi import alibi_of, heads_apart
 from fusekit.passes.masks import (
     Mask,
     from_band,
@@ -26,6 +27,7 @@ from fusekit.passes.masks import (
     predicate,
     recover,
     recover_additive,
+    recover_forbidden,
     split_additive,
 )
 from fusekit.passes.pattern import SEED, Match, New, Rule
@@ -35,6 +37,7 @@ GROUPED = {"k": "B Hkv Tk D", "v": "B Hkv Tk Dv", "q": "B Hkv*G Tq D", "mask": "
 EQUAL = {"q": "B H Tq D", "k": "B H Tk D", "v": "B H Tk Dv", "mask": "any bool Tq Tk"}
 ADDED = {**EQUAL, "mask": "any Tq Tk"}
 TWICE = {**EQUAL, "bias": "any Tq Tk", "mask": "any Tq Tk"}
+BLOOM = {**ADDED, "bias": "any B*H 1 Tk"}
 SINKS = {"k": "B H Tk D", "v": "B H Tk Dv", "q": "B H Tq D", "sinks": "H"}  # Tk third: letters.EIGHT
 UNMASKED = {name: shape for name, shape in EQUAL.items() if name != "mask"}
 LOWEST = -3e4  # what a model fills in for "forbidden": finfo(float16).min is -65504, many write -1e9
@@ -63,6 +66,7 @@ def finish_added(match: Match) -> str | None:
 
 def _finish(match: Match) -> str | None:
     _unfold_repeated_heads(match)
+    take_alibi(match)
     dropout = match.arguments.get("dropout", 0.0)
     if dropout:
         if not 0.0 < dropout < 1.0:
@@ -78,10 +82,9 @@ def _take_boolean(match: Match) -> str | None:
     mask, node = match.arguments["mask"], match.arguments["mask"]
     if isinstance(mask, New):  # the complement of what the model has
         node = mask.args[0]
-        forbidden = predicate(node)
-        found = _whole(forbidden.opposite() if forbidden is not None else None) or Mask(False, mask)  # type: ignore[arg-type]
+        found = recover_forbidden(node) or Mask(False, mask)
     elif value_of(mask).dtype != torch.bool:  # `mask == 0` is forbidden, so `mask != 0` is allowed
-        found = _whole(predicate(mask)) or Mask(False, New(aten.ne.Scalar, (mask, 0)))  # type: ignore[arg-type]
+        found = _whole(predicate(mask)) or Mask(False, New(aten.ne.Scalar, (mask, 0)))
     else:
         found = recover(mask)
     if fill != -math.inf and not found.leaves_a_key(value_of(node).shape):
@@ -106,6 +109,8 @@ def _whole(allowed: Predicate | None) -> Mask | None:
 def _set_band(match: Match, found: Mask) -> None:
     if found.causal or found.window is not None:
         match.arguments.update(causal=found.causal, window=found.window, offset=found.offset)
+    if found.documents is not None:
+        match.arguments.update(documents=found.documents.queries, key_documents=found.documents.keys)
 
 
 def _take_added(match: Match) -> str | None:
@@ -118,25 +123,80 @@ def _take_added(match: Match) -> str | None:
     return None
 
 
+def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> bool:
+    """Put slopes in the place of a bias that is ALiBi, and say whether it is."""
+    given = match.arguments
+    bias: Any = given.get(name)
+    if (
+        given.get("sinks") is not None or given.get("slopes") is not None
+    ):  # beside a sink a row's constant counts
+        return False
+    furthest = given.get("offset", 0) if given.get("causal") else None
+    found = alibi_of(bias, furthest if isinstance(furthest, int) else None, index)
+    if found is None:
+        return False
+    match.stands_for.pop(bias, None)
+    given.update({name: None, "slopes": found.slopes, "places": found.places})
+    return True
+
+
 def finish_added_twice(match: Match) -> str | None:
-    """(scores + bias) + mask: one of the two is causal or a window, the other stays a tensor."""
+    """(scores + bias) + mask: one of the two is causal or a window, or ALiBi; the other stays a tensor."""
     bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
-    if isinstance(bias, New) or isinstance(mask, New):
+    if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
         return "what is added to the scores is no floating point mask"
+    match.stands_for.pop(bias, None)
     for band, other in ((mask, bias), (bias, mask)):
         found = recover_additive(band, LOWEST)
-        if found is not None and value_of(other).is_floating_point():
-            match.stands_for.pop(bias, None)
+        if found is not None:
             _replace_mask(match, found._replace(rest=other))
             return _finish(match)
-    return "two masks are added to the scores, and neither is causal or a window and nothing else"
+    for alibi, other in ((bias, mask), (mask, bias)):
+        match.arguments["mask"] = alibi
+        if take_alibi(match):
+            _replace_mask(match, Mask(False, other))
+            return _finish(match)
+    return "two masks are added to the scores, and neither is causal, a window or ALiBi and nothing else"
+
+
+def finish_added_and_filled(match: Match) -> str | None:
+    """(scores + bias) filled where a boolean mask forbids, as MPT: one of them is no tensor."""
+    bias = match.arguments.pop("bias")
+    if isinstance(bias, New) or not value_of(bias).is_floating_point():
+        return "what is added to the scores is no floating point mask"
+    match.stands_for.pop(bias, None)
+    if reason := _take_boolean(match):
+        return reason
+    kept = match.arguments["mask"]
+    match.arguments["mask"] = bias
+    if not take_alibi(match) and kept is not None:
+        return "a bias is added to the scores beside a mask, and neither is index arithmetic alone"
+    if kept is not None:
+        match.arguments["mask"] = kept
+    elif match.arguments["mask"] is not None:
+        match.stands_for[bias] = ("mask", None)
+    return _finish(match)
+
+
+def finish_bloom(match: Match) -> str | None:
+    """alibi, (batch * heads, 1, keys), where the products are added to it; and an additive mask."""
+    alibi, mask = match.arguments["bias"], match.arguments["mask"]
+    if isinstance(alibi, New) or isinstance(mask, New) or not value_of(mask).is_floating_point():
+        return "what is added to the scores is no floating point mask"
+    unfolded = heads_apart(alibi, value_of(match.arguments["q"]).shape)
+    match.arguments["bias"] = None if unfolded is None else unfolded[0]
+    if unfolded is None or not take_alibi(match, "bias", unfolded[1]):
+        return "what baddbmm adds to the scores is not ALiBi, slopes of heads times places of keys"
+    match.stands_for.pop(alibi, None)
+    del match.arguments["bias"]
+    return finish_added(match)
 
 
 def _replace_mask(match: Match, found: Mask) -> None:
     _set_band(match, found)
     match.stands_for.pop(match.arguments["mask"], None)
     match.arguments["mask"] = found.rest
-    if found.rest is not None:
+    if isinstance(found.rest, fx.Node):
         match.stands_for[found.rest] = ("mask", None)
 
 
@@ -197,8 +257,11 @@ def scaled_query(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def attend(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Softmax in float32 or not, cast back or not: in low precision all this is the op's own rounding."""
-    probabilities = torch.softmax(scores.to(torch.float32), -1).to(v.dtype)
-    return F.dropout(probabilities, dropout, True) @ v
+    return probabilities(scores, v, dropout) @ v
+
+
+def probabilities(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
+    return F.dropout(torch.softmax(scores.to(torch.float32), -1).to(v.dtype), dropout, True)
 
 
 def written(scores: Scores) -> Callable[..., Tensor]:
@@ -243,6 +306,24 @@ def added_and_sunk(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float, dropout: float
 ) -> Tensor:
     return attend_with_sinks(scaled_scores(q, k, scale) + mask, sinks, v, dropout)
+
+
+def added_and_filled(scores: Scores) -> Callable[..., Tensor]:
+    return lambda q, k, v, bias, mask, scale, dropout, fill: attend(
+        (scores(q, k, scale) + bias).masked_fill(mask.logical_not(), fill), v, dropout
+    )
+
+
+def bloom(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """Heads and batch elements in one dimension."""
+    B, H, Tq, D = q.shape
+    Tk, DV = v.shape[2:]
+    keys = k.reshape(B * H, Tk, D).transpose(-1, -2)
+    scores = torch.baddbmm(bias, q.reshape(B * H, Tq, D), keys, beta=1.0, alpha=scale)
+    p = probabilities(scores.view(B, H, Tq, Tk) + mask, v, dropout)
+    return torch.bmm(p.view(B * H, Tq, Tk), v.reshape(B * H, Tk, DV)).view(B, H, Tq, DV)
 
 
 def added_twice(
@@ -293,6 +374,7 @@ def _rows(scores: Scores, source: str) -> list[Rule]:
     ]
 
 
+_FILLED_TWICE = {**EQUAL, "bias": "any Tq Tk"}
 CALL = "F.scaled_dot_product_attention"
 CAPPED = "written out, capped"
 SUNK = "transformers GptOssAttention"
@@ -300,6 +382,17 @@ RULES = [
     *_rows(scaled_scores, "written out"),
     *_rows(scaled_query, "written out, scaled query"),
     Rule("attention", added_twice, "written out, added bias and mask", TWICE, finish=finish_added_twice),
+    *(
+        Rule(
+            "attention",
+            added_and_filled(scores),
+            f"written out{how}, added bias, masked_fill",
+            _FILLED_TWICE,
+            finish=finish_added_and_filled,
+        )
+        for scores, how in ((scaled_scores, ""), (scaled_query, ", scaled query"))
+    ),
+    Rule("attention", bloom, "transformers BloomAttention", BLOOM, finish=finish_bloom),
     Rule(
         "attention",
         added_and_sunk,

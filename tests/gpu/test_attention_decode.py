@@ -59,7 +59,7 @@ def test_gives_the_ordinary_kernels_output_and_stats(dtype, taken, monkeypatch):
     """So that its backward kernels follow: the same two results, to their rounding."""
     q, k, v = heads(1, 3, 4, 64, dtype), heads(1, 150, 2, 64, dtype), heads(1, 150, 2, 64, dtype)
     for mask in (None, torch.randn(4, 3, 150).to("cuda", dtype)):
-        args = (q, k, v, mask, False, 0.125, 0.0, None, 0, False, None, 0, None, None)
+        args = (q, k, v, mask, False, 0.125, 0.0, None, 0, False, None, 0, *[None] * 6)
         split = torch.ops.fusekit.attention_forward(*args)
         with monkeypatch.context() as patch:
             patch.setattr(attention_decode, "takes", lambda *args: False)
@@ -170,4 +170,16 @@ def test_what_the_ordinary_kernel_keeps(taken):
     ):
         args = (heads(1, Tq, 2, D), heads(1, Tk, 1, D), heads(1, Tk, 1, D), *rest)
         torch.testing.assert_close(OP.fused(*args), OP.reference(*args), rtol=1e-4, atol=1e-5)
+    assert not taken
+
+
+def test_slopes_and_documents_are_left_to_the_ordinary_kernel(taken):
+    q, k, v = (torch.randn(1, 2, T, 16, device="cpu").to("cuda").requires_grad_() for T in (4, 160, 160))
+    slopes = torch.tensor([0.5, 0.25]).to("cuda")
+    places = torch.arange(160, dtype=torch.int32).to("cuda")
+    args = (q, k, v, *FAR[:1], False, *FAR[2:], None, 156, None, None, slopes)
+    torch.testing.assert_close(OP.fused(*args), OP.reference(*args), rtol=1e-4, atol=1e-4)
+    documents = (places >= 100).to(torch.int64)
+    args = (*args[:-1], None, None, documents[None, -4:], documents[None])
+    torch.testing.assert_close(OP.fused(*args), OP.reference(*args), rtol=1e-4, atol=1e-4)
     assert not taken

@@ -1,0 +1,255 @@
+"""ALiBi in a bias: a number of each head times the distance of key and query, or times the key's place.
+
+Softmax is the same whatever is added to a whole row, so of `slope * distance` only what grows with the key
+counts: slope * key, slope * (key - query) and slope * (key + 1 - length) are all the op's ALiBi, unless
+sinks take part. |key - query| is query - key where the band shows no key behind its query. A place that is
+data (the running count of a padding mask, in Bloom) becomes the op's `places`. Casts of the bias or of the
+distance are seen through: in low precision they round what the op computes in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fusekit.passes.affine import KEY, QUERY, ZERO, Affine, Index, Reading, variables
+from fusekit.passes.gradient import needs_gradient
+from fusekit.passes.index_arithmetic import EXACT, aligned, element, is_written, sliced, unwrapped
+from fusekit.passes.pattern import New
+from fusekit.passes.spelling import spell, value_of
+
+aten = torch.ops.aten
+BATCH, HEAD, OURS, THEIRS = variables(4)
+WHOLE = (torch.float32, torch.float64)  # floating types that count the places of any mask that fits a memory
+LONGEST = 1 << 24
+
+
+class Alibi(NamedTuple):
+    """The op's `slopes` and `places`, nodes or such to be made; places None are those of indices."""
+
+    slopes: Any
+    places: Any = None
+
+
+class Distance(NamedTuple):
+    """What slopes are multiplied by: `form`, its absolute value, or a number of each key."""
+
+    form: Affine | None
+    absolute: bool = False
+    places: Any = None
+    sign: int = 1
+
+
+def alibi_of(bias: Any, furthest: int | None, index: Index | None = None) -> Alibi | None:
+    """A bias that is added to the scores as ALiBi, None where it is not proved to be that.
+
+    Args:
+        bias: what is added; its dimensions are the last of (batch, head, query, key), unless `index` says.
+        furthest: no key is seen for which key - query is larger; None where keys may be anywhere.
+    """
+    if not isinstance(bias, fx.Node) or not _is_constant(bias):
+        return None
+    index = aligned(bias, variables(4)[4 - value_of(bias).dim() :]) if index is None else index
+    sign = 1
+    while not is_written(bias):
+        name, args = spell(bias)
+        inner = _inner(bias, index)
+        if name == "neg":
+            inner, sign = (args[0], index), -sign
+        if inner is None:
+            break
+        bias, index = inner
+    if is_written(bias) or spell(bias).name != "mul":
+        return None
+    factors = spell(bias).args
+    for slopes, distance in (factors, factors[::-1]):
+        if isinstance(slopes, fx.Node) and isinstance(distance, fx.Node):
+            found = _joined(slopes, distance, index, furthest, sign)
+            if found is not None:
+                return found
+    return None
+
+
+def heads_apart(bias: fx.Node, shape: Sequence[Any]) -> tuple[fx.Node, Index] | None:
+    """What a (batch * heads, 1, keys) bias is made of, and the index there; shape is that of q."""
+    B, H, *_ = shape
+    while not is_written(bias) and spell(bias).name in ("to", "clone", "contiguous"):
+        bias = spell(bias).args[0]
+    if is_written(bias) or not _is_constant(bias) or value_of(bias).dim() != 3:
+        return None
+    name, args = spell(bias)
+    if name not in ("repeat", "reshape") or value_of(args[0]).dim() != 3:
+        return None
+    source, (together, one, keys) = args[0], value_of(bias).shape
+    if not _equal((together, one), (B * H, 1)):
+        return None
+    if name == "repeat" and _equal(value_of(source).shape, (H, 1, keys)):
+        return source, (HEAD, ZERO, THEIRS)
+    if name == "reshape" and _equal(value_of(source).shape, (B, H, keys)):
+        return source, (BATCH, HEAD, THEIRS)
+    return None
+
+
+def _equal(shape: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    return all(statically_known_true(a == b) for a, b in zip(shape, wanted, strict=True))
+
+
+def _is_constant(bias: fx.Node) -> bool:
+    """Floating, and without a gradient, which slopes would not get."""
+    value = value_of(bias)
+    return isinstance(value, Tensor) and value.is_floating_point() and not needs_gradient(bias)
+
+
+def _joined(
+    slopes: fx.Node, distance: fx.Node, index: Index, furthest: int | None, sign: int
+) -> Alibi | None:
+    heads = aligned(slopes, index)
+    if not value_of(slopes).is_floating_point() or [i for i in heads if i != ZERO] not in (
+        [HEAD],
+        [BATCH, HEAD],
+    ):
+        return None
+    found = _distance(distance, aligned(distance, index))
+    growth = None if found is None else _growth(found, furthest)
+    if found is None or growth is None:
+        return None
+    ones = [dim for dim, i in enumerate(heads) if i == ZERO]
+    taken: Any = New(aten.squeeze.dims, (slopes, ones)) if ones else slopes
+    if growth * sign < 0:
+        taken = New(aten.neg.default, (taken,))
+    return Alibi(taken, found.places)
+
+
+def _growth(found: Distance, furthest: int | None) -> int | None:
+    """1 or -1: the step from one key to the next wherever keys are seen; None where there is no one step."""
+    if found.places is not None:
+        return found.sign
+    assert found.form is not None
+    terms = {x: factor for x, factor in found.form.terms if not isinstance(x, Reading)}  # others: shifts
+    step = terms.pop(KEY, 0)
+    if abs(step) != 1 or not set(terms) <= {QUERY}:
+        return None
+    if not found.absolute:
+        return found.sign * step
+    # |key - query + c| falls from key to key up to the furthest, if that is no further than -c.
+    if furthest is None or terms != {QUERY: -step} or furthest + step * found.form.constant > 0:
+        return None
+    return -found.sign
+
+
+def _distance(node: fx.Node, index: Index) -> Distance | None:
+    sign = 1
+    while not is_written(node) and spell(node).name == "neg":
+        node, sign = spell(node).args[0], -sign
+    form = _whole(node, index)
+    if form is not None and not _reads_data(form):
+        return Distance(form, False, None, sign)
+    places = _places(node, index)
+    return _absolute(node, index, sign) if places is None else Distance(None, False, places, sign)
+
+
+def _absolute(node: fx.Node, index: Index, sign: int) -> Distance | None:
+    while not is_written(node):
+        name, args = spell(node)
+        if name == "abs":
+            form = _whole(args[0], index)
+            return None if form is None or form.reads() else Distance(form, True, None, sign)
+        if name == "neg":
+            node, sign = args[0], -sign
+            continue
+        cast = name == "to" and value_of(node).is_floating_point()
+        inner = (args[0], index) if cast else unwrapped(node, index) or sliced(node, index)
+        if inner is None:
+            return None
+        node, index = inner
+    return None
+
+
+def _reads_data(form: Affine) -> bool:
+    return any(isinstance(x, Reading) and x.at for x, _ in form.terms)  # without an index: one number for all
+
+
+def _places(node: fx.Node, index: Index) -> Any:
+    """(length,) or (batch, length) numbers of each key."""
+    if is_written(node) or value_of(node).dtype not in (*EXACT, torch.float32):
+        return None
+    if [i for i in index if i != ZERO] not in ([THEIRS], [BATCH, THEIRS]):
+        return None
+    ones = [dim for dim, i in enumerate(index) if i == ZERO]
+    return New(aten.squeeze.dims, (node, ones)) if ones else node
+
+
+def _inner(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """What a view, a copy or a cast between floating types is made of."""
+    name, args = spell(node)
+    if name == "to" and value_of(node).is_floating_point() and value_of(args[0]).is_floating_point():
+        return args[0], index
+    return unwrapped(node, index) or sliced(node, index) or _shifted(node, index)
+
+
+def _shifted(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """A slice that starts at a symbolic size: which index that is matters to no distance's growth."""
+    name, args = spell(node)
+    if name != "slice" or args[3] != 1 or isinstance(args[2].at, int):
+        return None
+    dim = args[1] % len(index)
+    start = Affine(0, frozenset({(Reading(("start", node.name), ()), 1)}))
+    return args[0], (*index[:dim], index[dim].plus(start), *index[dim + 1 :])
+
+
+def _whole(node: Any, index: Index) -> Affine | None:
+    """An element that is a whole number, also where it is held as a floating one."""
+    if not isinstance(node, fx.Node) or is_written(node):
+        return None
+    if value_of(node).dtype in EXACT:
+        value = element(node, index)
+        return value if isinstance(value, Affine) else None
+    name, args = spell(node)
+    if name == "to" and value_of(node).is_floating_point():
+        return _whole(args[0], index)
+    if value_of(node).dtype not in WHOLE:
+        return None
+    if name == "arange":
+        return _floating_range(node, args, index)
+    if name in ("add", "sub") and (len(args) < 3 or args[2] == 1):
+        return _sum(args, index, 1 if name == "add" else -1)
+    if name == "neg":
+        value = _whole(args[0], index)
+        return None if value is None else value.times(-1)
+    inner = unwrapped(node, index) or sliced(node, index)
+    return None if inner is None else _whole(*inner)
+
+
+def _floating_range(node: fx.Node, args: tuple[Any, ...], index: Index) -> Affine | None:
+    overload = node.target._overloadname  # type: ignore[union-attr]
+    start = 0 if overload == "default" else args[0]
+    step = args[2] if overload == "start_step" else 1
+    numbers = [x for x in (start, step) if isinstance(x, (int, float)) and abs(x) < LONGEST and x == int(x)]
+    size = value_of(node).shape[0]
+    if (
+        len(numbers) < 2
+        or abs(numbers[1]) != 1
+        or not (statically_known_true(size < LONGEST) or _is_symbol(size))
+    ):
+        return None
+    return index[0].times(int(step)).plus(Affine(int(start)))
+
+
+def _is_symbol(size: Any) -> bool:
+    """A symbolic length: scores of 2 ** 24 keys do not fit a memory, so it is shorter."""
+    return isinstance(size, torch.SymInt)
+
+
+def _sum(args: tuple[Any, ...], index: Index, sign: int) -> Affine | None:
+    terms: list[Affine | None] = []
+    for x in args[:2]:
+        if isinstance(x, (int, float)) and abs(x) < LONGEST and x == int(x):
+            terms.append(Affine(int(x)))
+        else:
+            terms.append(_whole(x, aligned(x, index)) if isinstance(x, fx.Node) else None)
+    first, second = terms
+    return None if first is None or second is None else first.plus(second, sign)

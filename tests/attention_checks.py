@@ -1,0 +1,36 @@
+"""Attention's arguments by name, and parity with float64, for the tests on either device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusekit.kernels.attention import OP
+from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
+
+NAMES = [argument.name for argument in OP.fused._schema.arguments]
+DEFAULTS = {argument.name: argument.default_value for argument in OP.fused._schema.arguments}
+
+
+def heads(device: str, B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, H, T, D) in the memory of (B, T, H, D), as a model makes it."""
+    return torch.randn(B, T, H, D).to(device, dtype).transpose(1, 2).requires_grad_()
+
+
+def arguments(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
+    """All arguments in the schema's order."""
+    values = {**DEFAULTS, "q": q, "k": k, "v": v, **given}
+    assert len(values) == len(NAMES), f"no such argument: {set(values) - set(NAMES)}"
+    return tuple(values[name] for name in NAMES)
+
+
+def assert_parity(args: tuple[Any, ...]) -> dict[str, Tensor]:
+    truth = results_and_grads(OP.reference, widen(args))
+    eager = results_and_grads(OP.reference, args)
+    fused = results_and_grads(OP.fused, args)
+    terms = longest_sum(args[:4])
+    verdicts = check(fused, eager, truth, dtype=args[0].dtype, terms=terms, inherent=True)
+    assert all(v.ok for v in verdicts), verdicts
+    return fused
