@@ -174,6 +174,16 @@ def is_column_major(x: Tensor) -> bool:
     return x.stride(0) == 1 and x.stride(1) != 1
 
 
+def can_sum_rows(a: Tensor, b: Tensor, output: Tensor) -> bool:
+    """Whether `row_sums` may ride: there are programs, they store rows, and operands load 16 bytes at once.
+
+    Of odd strides ptxas serialises the wgmma of some kernels that sum rows besides (tf32, Triton 3.6).
+    """
+    if not output.numel() or is_column_major(output):
+        return False
+    return _layout(a, b) != "s" and aligned(a, b)
+
+
 def _table(x: Tensor) -> config_table.Table:
     if recording():
         return config_table.load(recorded_target())

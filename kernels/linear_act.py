@@ -12,13 +12,13 @@ reads its own output, which the next layer keeps anyway. Bytes: (MK + NK + MN) e
 residual.
 
 Backward, GPU: dz = dy * act'(z) is one pass, (2 MN read + MN written) e, in which the bias gradient's partial
-sums ride (linear_gradients.py). Then grad_input = dz @ weight and grad_weight = dz.T @ x by the forward's
+sums ride (linear_gpu.py). Then grad_input = dz @ weight and grad_weight = dz.T @ x by the forward's
 kernel; "none" has dz = dy and no pass: its bias gradient rides on the product dz.T @ x. dz is not folded into
 the loads of those two: each of their column blocks would evaluate act' again, and the operand would reach the
 tensor cores through registers instead of shared memory, to save one pass. Every sum has a fixed order: no
 atomics, the same bits each run.
 
-CPU: linear_cpu.py.
+GPU: linear_gpu.py; CPU: linear_cpu.py.
 
 The gradients are `inherent`: tensor cores take dz in x's dtype and z is saved rounded, so on a GPU they carry
 1.4 to 1.7 floors, below eager's. The output carries one.
@@ -34,14 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusekit.kernels import linear_cpu
+from fusekit.kernels import linear_cpu, linear_gpu
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.gemm import matmul, sum_partials
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
-from fusekit.kernels.linear_gradients import dact as _dact
-from fusekit.kernels.linear_gradients import share_rows as share_rows
-from fusekit.kernels.linear_gradients import weight_gradients
+from fusekit.kernels.linear_gpu import dact as _dact  # noqa: F401
+from fusekit.kernels.linear_gpu import share_rows  # noqa: F401
+from fusekit.kernels.linear_gpu import use_tf32 as _use_tf32  # noqa: F401
 from fusekit.kernels.op import Op, Sample, not_runnable
 
 
@@ -58,48 +57,6 @@ def reference(
     z = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     y = ACTIVATIONS[act].reference(z)
     return (y if residual is None else y + residual.to(wide)).to(x.dtype)
-
-
-def _forward_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    tf32: bool,
-    y: Tensor,
-    z: Tensor | None,
-) -> None:
-    bias = None if bias is None else bias.contiguous()
-    matmul(x, weight.t(), y, bias=bias, act=act, residual=residual, z=z, tf32=_use_tf32(x, tf32))
-
-
-def _backward_triton(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    saved: Tensor | None,
-    act: str,
-    tf32: bool,
-    grad_input: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    dz = grad
-    if saved is not None:
-        dz, partials = _dact(grad, saved, act, grad_bias is not None)
-        if partials is not None and grad_bias is not None:
-            sum_partials(partials, grad_bias)
-            grad_bias = None
-    tf32 = _use_tf32(dz, tf32)
-    if grad_input is not None:
-        matmul(dz, weight, grad_input, tf32=tf32)
-    weight_gradients(dz, x, grad_weight, grad_bias, tf32)
-
-
-def _use_tf32(x: Tensor, tf32: bool) -> bool:
-    return x.dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -129,7 +86,7 @@ def _forward(
     stored = _rows(z) if save and _stores_z(act, residual) else None
     rows = (_rows(x), weight, bias, _optional_rows(residual), act)
     if on_gpu(x):
-        _forward_triton(*rows, tf32, _rows(y), stored)
+        linear_gpu.forward(*rows, tf32, _rows(y), stored)
     else:
         linear_cpu.forward(*rows, _rows(y), stored)
     return y, z
@@ -167,7 +124,7 @@ def _backward(
     rows = (_rows(grad_output), _optional_rows(x), weight, _optional_rows(saved), act)
     wanted = (_optional_rows(grad_input), grad_weight, grad_bias)
     if on_gpu(grad_output):
-        _backward_triton(*rows, tf32, *wanted)
+        linear_gpu.backward(*rows, tf32, *wanted)
     else:
         linear_cpu.backward(*rows, *wanted)
     return grads

@@ -1,10 +1,11 @@
-r"""Gradients of a linear layer on a GPU: through its activation, and of its weight and bias.
+r"""A linear layer on a GPU: one product forward; backward through its activation, then two products.
 
     dz = dy * act'(z)
     grad_weight = dz.T @ x,   grad_bias = column sums of dz      M rows (tokens), N output, K input features
 
 `dact` is the pass that makes dz; the bias gradient's partial sums ride on it. Where there is no activation,
-dz is dy and needs no pass: then they ride on the product for the weight's gradient, which reads dz anyway.
+dz is dy and needs no pass: then they ride on the product for the weight's gradient, which reads dz anyway,
+but for odd strides and weights stored by columns.
 Every sum has a fixed order: no atomics, the same bits each run.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.gemm import is_column_major, matmul, sum_partials
+from fusekit.kernels.gemm import can_sum_rows, matmul, sum_partials
 from fusekit.kernels.launch import Plans, Repeated, kind_of
 
 DACT_BLOCK_M, DACT_BLOCK_N, DACT_WARPS = 16, 128, 4
@@ -93,9 +94,54 @@ def weight_gradients(
     """
     rides = False
     if grad_weight is not None and x is not None:
-        rides = grad_bias is not None and grad_weight.numel() > 0 and not is_column_major(grad_weight)
+        rides = grad_bias is not None and can_sum_rows(dz.t(), x, grad_weight)
         matmul(dz.t(), x, grad_weight, tf32=tf32, row_sums=grad_bias if rides else None)
     if grad_bias is not None and not rides:
         partials = dact(dz, None, "none", True)[1]
         assert partials is not None
         sum_partials(partials, grad_bias)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    tf32: bool,
+    y: Tensor,
+    z: Tensor | None,
+) -> None:
+    """Write act(x @ weight.T + bias) + residual to y, and the pre-activation to z; as in linear_cpu.py."""
+    bias = None if bias is None else bias.contiguous()
+    matmul(x, weight.t(), y, bias=bias, act=act, residual=residual, z=z, tf32=use_tf32(x, tf32))
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    saved: Tensor | None,
+    act: str,
+    tf32: bool,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Write the gradients that are not None, as in linear_cpu.py."""
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    dz = grad
+    if saved is not None:
+        dz, partials = dact(grad, saved, act, grad_bias is not None)
+        if partials is not None and grad_bias is not None:
+            sum_partials(partials, grad_bias)
+            grad_bias = None
+    tf32 = use_tf32(dz, tf32)
+    if grad_input is not None:
+        matmul(dz, weight, grad_input, tf32=tf32)
+    weight_gradients(dz, x, grad_weight, grad_bias, tf32)
+
+
+def use_tf32(x: Tensor, tf32: bool) -> bool:
+    """Whether a product of x rounds its operands to tf32: asked for, or PyTorch's own switch is on."""
+    return x.dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.fp32_precision == "tf32")
