@@ -31,13 +31,14 @@ from fusekit.kernels import (
     gemm,
     launch,
     linear_act,
+    linear_gpu,
     qkv_gemm,
     qkv_linear,
 )
 
 CALLS = 200
 ROUNDS = 15
-PLANS = (gemm._plans, gemm._sums, linear_act._dacts, feed_forward._hidden_passes, gated_gemm._plans,
+PLANS = (gemm._plans, gemm._sums, linear_gpu._dacts, feed_forward._hidden_passes, gated_gemm._plans,
          qkv_gemm._plans)  # fmt: skip
 M, K, N = 256, 512, 1024
 

@@ -149,6 +149,10 @@ def _gate_by_sigmoid(logit: Tensor, z: Tensor, out: Tensor) -> None:
     torch.mul(z, logit.sigmoid_(), out=out)
 
 
+def _none_cpu(z: Tensor, out: Tensor) -> Tensor:
+    return out if out.data_ptr() == z.data_ptr() else out.copy_(z)
+
+
 def _gelu_tanh_cpu(z: Tensor, out: Tensor) -> None:
     _gate_by_sigmoid(torch.mul(z, z).mul_(_B).add_(_A).mul_(z), z, out)
 
@@ -197,7 +201,7 @@ class Activation(NamedTuple):
 ACTIVATIONS: dict[str, Activation] = {
     "none": Activation(
         lambda z: z, none_forward, none_backward,
-        lambda z, out: out, lambda grad, z, out: out,  # never stores a z, so out is z, and out is grad
+        _none_cpu, lambda grad, z, out: out,  # never stores a z, so out is grad
     ),
     "gelu": Activation(
         F.gelu, gelu_forward, gelu_backward,

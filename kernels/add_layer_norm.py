@@ -14,7 +14,6 @@ Shape suffixes: M rows (tokens), N columns (features), P programs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,18 +23,14 @@ from torch import Tensor
 
 from fusekit.kernels import norm_cpu
 from fusekit.kernels._triton import tl, triton
-from fusekit.kernels.launch import launch, on_gpu
+from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.norm_launch import empty_grads, empty_outputs, start_backward, start_forward
 from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.row_reduction import (
     Draw,
-    as_rows,
-    reduce_partials,
-    row_chunks,
-    row_plan,
     unsupported_parameter,
     unsupported_rows,
-    widened,
 )
 
 
@@ -126,18 +121,9 @@ def _backward_kernel(
 def _forward_gpu(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _outputs(x, residual)
-    x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
-    M, N = x_rows.shape
-    plan = row_plan(x_rows, 1 if residual is None else 2, per_multiprocessor=2)
-    y, h, mean, rstd = outputs
-    launch(
-        _forward_kernel, (plan.programs,), x_rows, residual_rows, weight, bias, y, h, mean, rstd,
-        x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), M, N, eps,
-        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
-    )  # fmt: skip
-    return outputs
+    y, h, mean, rstd = _outputs(x, residual)
+    start_forward(_forward_kernel, x, residual, (weight, bias), (y, h, mean, rstd), eps)
+    return y, h, mean, rstd
 
 
 def _backward_gpu(
@@ -145,18 +131,8 @@ def _backward_gpu(
     weight: Tensor | None, bias: Tensor | None, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads = _grads(h, weight, bias, needed)
-    dy_rows, h_rows, dh_rows = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
-    weight = None if weight is None else weight.contiguous()
-    M, N = h_rows.shape
-    plan = row_plan(h_rows, 2 if dh is None else 3, per_multiprocessor=1)
-    dx, *outs = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    partials = [None if out is None else h.new_empty((plan.programs, N), dtype=torch.float32) for out in outs]
-    launch(
-        _backward_kernel, (plan.programs,), dy_rows, dh_rows, h_rows, mean, rstd, weight, dx, *partials,
-        dy_rows.stride(0), 0 if dh_rows is None else dh_rows.stride(0), h_rows.stride(0), M, N,
-        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
-    )  # fmt: skip
-    reduce_partials(partials, outs)
+    wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    start_backward(_backward_kernel, dy, dh, h, (mean, rstd), weight, wanted)
     return grads
 
 
@@ -179,13 +155,13 @@ def _backward_native(
     scale = h.new_ones(N, dtype=torch.float32) if weight is None else weight.float()
     if h.dtype == torch.float32:
         statistics = [t.view(*h.shape[:-1], 1) for t in (mean, rstd)]
-        dx, *sums = _aten_backward(dy, h, (N,), *statistics, scale, scale, needed)
+        dx, *sums = norm_cpu.aten_layer_norm_backward(dy, h, (N,), *statistics, scale, scale, needed)
         if dx is not None and dh is not None:
             dx += dh
     elif norm_cpu.takes(h):
         dx, *sums = norm_cpu.backward(dy, dh, h, mean, rstd, scale, needed)
     else:
-        dx, *sums = _backward_widened(dy, dh, h, mean, rstd, scale, needed)
+        dx, *sums = norm_cpu.layer_norm_backward_widened(dy, dh, h, mean, rstd, scale, needed)
     for i, parameter in enumerate((weight, bias)):
         if sums[i] is not None and parameter is not None:
             sums[i] = sums[i].to(parameter.dtype)
@@ -193,46 +169,15 @@ def _backward_native(
     return dx, dweight, dbias
 
 
-_aten_backward = torch.ops.aten.native_layer_norm_backward.default
-
-
-def _backward_widened(
-    dy: Tensor, dh: Tensor | None, h: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, needed: list[bool]
-) -> list[Any]:
-    """dx rounded once, and float32 sums: ATen would sum in h's dtype, in bfloat16 30 floors off."""
-    N = h.shape[-1]
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format) if needed[0] else None
-    totals = [h.new_zeros(N, dtype=torch.float32) if need else None for need in needed[1:]]
-    buffers: tuple[Tensor, ...] = ()
-    rows = (t if t is None else t.reshape(-1, N) for t in (dy, h, dh, dx))
-    for dy_rows, h_rows, dh_rows, out, *statistics in row_chunks(*rows, mean[:, None], rstd[:, None]):
-        buffers = buffers or tuple(torch.empty_like(h_rows, dtype=torch.float32) for _ in range(2))
-        wide = widened(dy_rows, buffers[0]), widened(h_rows, buffers[1])
-        part, *sums = _aten_backward(*wide, (N,), *statistics, scale, scale, needed)
-        if out is not None:
-            out.copy_(part if dh_rows is None else part.add_(widened(dh_rows, buffers[0])))
-        for total, summand in zip(totals, sums, strict=True):
-            if total is not None:
-                total += summand
-    return [dx, *totals]
-
-
 def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    M = math.prod(x.shape[:-1])
-    return y, h, x.new_empty(M, dtype=torch.float32), x.new_empty(M, dtype=torch.float32)
+    y, h, mean, rstd = empty_outputs(x, residual, 2)
+    return y, h, mean, rstd
 
 
 def _grads(
     h: Tensor, weight: Tensor | None, bias: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised gradients; an empty tensor where one is not needed."""
-    empty = h.new_empty(0)
-    dx, dweight, dbias = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else empty
-        for t, need in zip((h, weight, bias), needed, strict=True)
-    )
+    dx, dweight, dbias = empty_grads(h, (weight, bias), needed)
     return dx, dweight, dbias
 
 

@@ -14,7 +14,6 @@ Shape suffixes: M rows (tokens), N columns (features), P programs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,15 +22,13 @@ from torch import Tensor
 
 from fusekit.kernels import norm_cpu
 from fusekit.kernels._triton import tl, triton
-from fusekit.kernels.launch import launch, on_gpu
+from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.norm_launch import empty_grads, empty_outputs, start_backward, start_forward
 from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.row_reduction import (
     Draw,
-    as_rows,
-    reduce_partials,
     row_chunks,
-    row_plan,
     unsupported_rows,
     widened,
 )
@@ -113,15 +110,7 @@ def _forward_gpu(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, h, rstd = _outputs(x, residual)
-    x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
-    M, N = x_rows.shape
-    plan = row_plan(x_rows, 1 if residual is None else 2, per_multiprocessor=2)
-    launch(
-        _forward_kernel, (plan.programs,), x_rows, residual_rows,
-        None if weight is None else weight.contiguous(), y, h, rstd,
-        x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), M, N, eps, offset,
-        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
-    )  # fmt: skip
+    start_forward(_forward_kernel, x, residual, (weight,), (y, h, rstd), eps, offset)
     return y, h, rstd
 
 
@@ -130,18 +119,8 @@ def _backward_gpu(
     weight: Tensor | None, offset: float, needed: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grads = _grads(h, weight, needed)
-    dy_rows, h_rows, dh_rows = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
-    M, N = h_rows.shape
-    plan = row_plan(h_rows, 2 if dh is None else 3, per_multiprocessor=1)
-    dx, dweight = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    partials = None if dweight is None else h.new_empty((plan.programs, N), dtype=torch.float32)
-    launch(
-        _backward_kernel, (plan.programs,), dy_rows, dh_rows, h_rows, rstd,
-        None if weight is None else weight.contiguous(), dx, partials,
-        dy_rows.stride(0), 0 if dh_rows is None else dh_rows.stride(0), h_rows.stride(0), M, N, offset,
-        num_warps=plan.num_warps, BLOCK_M=plan.BLOCK_M, BLOCK_N=plan.BLOCK_N, NUM_STAGES=plan.NUM_STAGES,
-    )  # fmt: skip
-    reduce_partials((partials, None), (dweight, None))
+    wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    start_backward(_backward_kernel, dy, dh, h, (rstd,), weight, wanted, offset)
     return grads
 
 
@@ -203,18 +182,12 @@ def _backward_native(
 
 
 def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    return y, h, x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+    y, h, rstd = empty_outputs(x, residual, 1)
+    return y, h, rstd
 
 
 def _grads(h: Tensor, weight: Tensor | None, needed: list[bool]) -> tuple[Tensor, Tensor]:
-    """Uninitialised gradients; an empty tensor where one is not needed."""
-    empty = h.new_empty(0)
-    dx, dweight = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else empty
-        for t, need in zip((h, weight), needed, strict=True)
-    )
+    dx, dweight = empty_grads(h, (weight,), needed)
     return dx, dweight
 
 

@@ -21,10 +21,10 @@ from fusekit.kernels import config_table, gemm
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.config_table import Config
+from fusekit.kernels.gemm import GROUP
+from fusekit.kernels.gemm_kernels import _place
 from fusekit.kernels.hidden_cpu import parts
 from fusekit.kernels.launch import Plans, Repeated, kind_of
-
-GROUP_M = tl.constexpr(8)
 
 
 class Plan(NamedTuple):
@@ -38,20 +38,65 @@ _plans = Plans()
 
 
 @triton.jit
+def _finish(
+    gate, up, rows, columns, M, N, gate_bias_ptr, up_bias_ptr, gate_ptr, up_ptr, h_ptr, stride_zm,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of one tile."""
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    wide_rows, wide_columns = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    if gate_bias_ptr is not None:
+        gate += tl.load(gate_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if up_bias_ptr is not None:
+        up += tl.load(up_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if gate_ptr is not None:
+        offsets = wide_rows * stride_zm + wide_columns
+        tl.store(gate_ptr + offsets, gate.to(gate_ptr.dtype.element_ty), mask=mask)
+        tl.store(up_ptr + offsets, up.to(up_ptr.dtype.element_ty), mask=mask)
+    h = ACT(gate) * up
+    tl.store(h_ptr + wide_rows * N + wide_columns, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish_in_parts(
+    gate, up, rows, column, M, N, gate_bias_ptr, up_bias_ptr, gate_ptr, up_ptr, h_ptr, stride_zm,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """PARTS halves the columns until what the epilogue holds fits beside both accumulators in registers."""
+    if PARTS == 1:
+        _finish(
+            gate, up, rows, column + tl.arange(0, BLOCK_N), M, N, gate_bias_ptr, up_bias_ptr, gate_ptr,
+            up_ptr, h_ptr, stride_zm, ACT,
+        )  # fmt: skip
+    else:
+        gate_left, gate_right = _halves(gate, BLOCK_M, BLOCK_N)
+        up_left, up_right = _halves(up, BLOCK_M, BLOCK_N)
+        _finish_in_parts(
+            gate_left, up_left, rows, column, M, N, gate_bias_ptr, up_bias_ptr, gate_ptr, up_ptr, h_ptr,
+            stride_zm, ACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
+        )  # fmt: skip
+        _finish_in_parts(
+            gate_right, up_right, rows, column + BLOCK_N // 2, M, N, gate_bias_ptr, up_bias_ptr, gate_ptr,
+            up_ptr, h_ptr, stride_zm, ACT, BLOCK_M, BLOCK_N // 2, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def _gated_kernel(
     x_ptr, gate_weight_ptr, up_weight_ptr, gate_bias_ptr, up_bias_ptr, gate_ptr, up_ptr, h_ptr,
     M, N, K, stride_xm, stride_xk, stride_gn, stride_gk, stride_un, stride_uk, stride_zm,
     ACT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP_M * blocks_n)
-    group_rows = min(blocks_m - group * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * blocks_n)
-    rows = (group * GROUP_M + within % group_rows) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (within // group_rows) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block_m, block_n = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # Rows and columns past the end wrap around: what they compute is not stored.
     depth = tl.arange(0, BLOCK_K)
@@ -77,18 +122,10 @@ def _gated_kernel(
         gate_ptrs += BLOCK_K * stride_gk
         up_ptrs += BLOCK_K * stride_uk
 
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    wide_rows, wide_columns = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
-    if gate_bias_ptr is not None:
-        gate += tl.load(gate_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if up_bias_ptr is not None:
-        up += tl.load(up_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if gate_ptr is not None:
-        offsets = wide_rows * stride_zm + wide_columns
-        tl.store(gate_ptr + offsets, gate.to(gate_ptr.dtype.element_ty), mask=mask)
-        tl.store(up_ptr + offsets, up.to(up_ptr.dtype.element_ty), mask=mask)
-    h = ACT(gate) * up
-    tl.store(h_ptr + wide_rows * N + wide_columns, h.to(h_ptr.dtype.element_ty), mask=mask)
+    _finish_in_parts(
+        gate, up, rows, block_n * BLOCK_N, M, N, gate_bias_ptr, up_bias_ptr, gate_ptr, up_ptr, h_ptr,
+        stride_zm, ACT, BLOCK_M, BLOCK_N, PARTS,
+    )  # fmt: skip
 
 
 def gated_matmul(
@@ -143,7 +180,8 @@ def _plan(
     start = Repeated(
         _gated_kernel, (-(-M // config.m) * -(-N // config.n),), ACT=ACTIVATIONS[act].kernel,
         PRECISION="tf32" if tf32 else "ieee", EVEN_K=K % config.k == 0, BLOCK_M=config.m, BLOCK_N=config.n,
-        BLOCK_K=config.k, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_K=config.k, GROUP=GROUP, PARTS=config.parts, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
     strides = (*x.stride(), *gate_weight.t().stride(), *up_weight.t().stride())
     return Plan(start, (M, N, K, *strides, 0 if gate is None else gate.stride(0)))

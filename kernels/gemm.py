@@ -1,6 +1,6 @@
 r"""One matrix product for all three of a linear layer, any strides, with forward and backward epilogues.
 
-    forward     output = dropout(act(a @ b + bias)) + residual
+    forward     output = dropout(act(a @ b + bias)) + residual,        row_sums = a's rows, added up
     backward    output = dropout'(a @ b) * act'(z),   h = dropout(act(z)),   grad_bias = column sums of output
 
 a (M, K), b (K, N), float32 accumulator, one rounding. Transposes are strides, so grad_input = dz @ weight and
@@ -8,7 +8,8 @@ grad_weight = dz.T @ x are the same kernels and nothing is copied. The backward 
 second linear with the first's activation behind it: h is what that second linear read, computed again.
 
 Without an epilogue, K may be split over programs: each writes a float32 partial and a second pass adds them
-in order, so the result is the same every run; so are a bias gradient's partials, one a block of rows.
+in order, so the result is the same every run; so are a bias gradient's partials, one a block of rows, and
+those of the sums of a's rows: of dz.T, in the product for a weight's gradient, they are the bias's.
 
 Kernels: gemm_kernels.py. Which configuration runs: config_table.py. Everything that depends on shapes,
 strides, dtypes and alignment only is settled once and kept in a plan, for the host's time counts as well.
@@ -67,6 +68,7 @@ def matmul(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     seed_offset: int = 0,
+    row_sums: Tensor | None = None,
     config: Config | None = None,
     splits: int = 1,
 ) -> None:
@@ -88,27 +90,32 @@ def matmul(
         dropout: probability, of either form; element (i, j) is dropped by number i N + j of Philox.
         seed: one int64 element, needed where dropout is not 0.
         seed_offset: added to the seed.
+        row_sums: (M,) contiguous; of a product without anything else: where the sums of a's rows are stored.
         config, splits: instead of the table's choice, for tuning and tests.
     """
     seed = seed if dropout else None
-    tensors = (a, b, output, bias, residual, z, h, grad_bias, seed)
+    tensors = (a, b, output, bias, residual, z, h, grad_bias, seed, row_sums)
     key = (act, dact, z_scale, tf32, config, splits, a.get_device(), a.shape, b.shape, *map(kind_of, tensors))
     plan = _plans(key, lambda: _plan(tensors, act, tf32, dact, z_scale, config, splits))
     if plan.swapped:
         a, b, output = b.t(), a.t(), output.t()
-    target, partials = output, None
+    (M, N), target = output.shape, output
+    pending: list[tuple[Tensor, Tensor]] = []  # float32 partials, and where their sums go
     if plan.splits > 1:
-        target = output.new_empty((plan.splits, *output.shape), dtype=torch.float32)
+        target = output.new_empty((plan.splits, M, N), dtype=torch.float32)
+        pending.append((target, output))
+    partials = sums = None
     if grad_bias is not None:
-        rows = -(-output.shape[0] // plan.config.m)
-        partials = output.new_empty((rows, output.shape[1]), dtype=torch.float32)
+        partials = output.new_empty((-(-M // plan.config.m), N), dtype=torch.float32)
+        pending.append((partials, grad_bias))
+    if row_sums is not None:
+        sums = output.new_empty((plan.splits * -(-N // plan.config.n), M), dtype=torch.float32)
+        pending.append((sums, row_sums))
     plan.start(
-        a, b, target, bias, residual, z, h, partials, seed, *plan.integers, seed_offset, float(dropout)
+        a, b, target, bias, residual, z, h, partials, seed, sums, *plan.integers, seed_offset, float(dropout)
     )
-    if plan.splits > 1:
-        sum_partials(target, output)
-    if partials is not None and grad_bias is not None:
-        sum_partials(partials, grad_bias)
+    if pending:
+        sum_partials(*(tensor for pair in pending for tensor in pair))
 
 
 def _plan(
@@ -120,9 +127,13 @@ def _plan(
     config: Config | None,
     splits: int,
 ) -> Plan:
-    a, b, output, _, residual, _, _, _, seed = tensors
-    plain = all(t is None for t in tensors[3:]) and act == "none" and dact is None
-    swapped = plain and output.stride(0) == 1 and output.stride(1) != 1
+    a, b, output, _, residual, _, _, _, seed, row_sums = tensors
+    plain = all(t is None for t in tensors[3:-1]) and act == "none" and dact is None
+    assert row_sums is None or (plain and b.shape[1]), (
+        "nothing else rides along, and there are programs to add"
+    )
+    swapped = plain and is_column_major(output)
+    assert not (swapped and row_sums is not None), "the rows of a are columns of the swapped product's b"
     if swapped:
         a, b, output = b.t(), a.t(), output.t()
     (M, K), N = a.shape, b.shape[1]
@@ -163,6 +174,20 @@ def _plan(
     return Plan(start, (M, N, K, *strides), config, splits, swapped)
 
 
+def is_column_major(x: Tensor) -> bool:
+    return x.stride(0) == 1 and x.stride(1) != 1
+
+
+def can_sum_rows(a: Tensor, b: Tensor, output: Tensor) -> bool:
+    """Whether `row_sums` may ride: there are programs, they store rows, and operands load 16 bytes at once.
+
+    Of odd strides ptxas serialises the wgmma of some kernels that sum rows besides (tf32, Triton 3.6).
+    """
+    if not output.numel() or is_column_major(output):
+        return False
+    return _layout(a, b) != "s" and aligned(a, b)
+
+
 def _table(x: Tensor) -> config_table.Table:
     if recording():
         return config_table.load(recorded_target())
@@ -191,14 +216,23 @@ def _letter(x: Tensor) -> str:
     return "s"
 
 
-def sum_partials(partials: Tensor, total: Tensor) -> None:
-    """Add (P, ...) float32 partials in a fixed order into `total`, of the remaining shape and contiguous."""
-    P, N = partials.shape[0], total.numel()
-    start = _sums((P, N, total.get_device(), kind_of(total)), lambda: _plan_sum(P, N))
-    start(partials, total, P, N)
+def sum_partials(
+    partials: Tensor, total: Tensor, second: Tensor | None = None, second_total: Tensor | None = None
+) -> None:
+    """Add (P, ...) float32 partials in a fixed order into `total`, of the remaining shape and contiguous.
+
+    second, second_total: two of their own, added up in the same launch.
+    """
+    sizes: tuple[int, ...] = (partials.shape[0], total.numel())
+    if second is not None and second_total is not None:
+        sizes += (second.shape[0], second_total.numel())
+    key = (sizes, total.get_device(), kind_of(total), kind_of(second_total))
+    start = _sums(key, lambda: _plan_sum(*sizes))
+    start(partials, total, second, second_total, *sizes, *(0, 0)[: 4 - len(sizes)])
 
 
-def _plan_sum(P: int, N: int) -> Repeated:
-    block_p = min(32, triton.next_power_of_2(max(P, 1)))  # P is 0 of an empty batch
+def _plan_sum(P: int, N: int, second_P: int = 0, second_N: int = 0) -> Repeated:
+    block_p = min(32, triton.next_power_of_2(max(P, second_P, 1)))  # P is 0 of an empty batch
     block_n = SUM_ELEMENTS // block_p
-    return Repeated(sum_kernel, (-(-N // block_n),), BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)
+    grid = (-(-N // block_n) + -(-second_N // block_n),)
+    return Repeated(sum_kernel, grid, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4)

@@ -1,6 +1,7 @@
 r"""The two kernels of a matrix product, one epilogue, and the ordered sum of partial results.
 
     forward     output = dropout(act(a @ b + bias)) + residual,           z = a @ b + bias
+                row_sum = sums of a's rows, whose steps of K the programs of a block row share
     backward    output = dropout'(a @ b) * act'(z),   h = dropout(act(z)), partial = column sums of output
 
 `tile_kernel` computes one tile a program and loads through pointers: any strides, any architecture.
@@ -99,9 +100,30 @@ def _finish_in_parts(
         )  # fmt: skip
 
 
+@triton.jit
+def _add_row_sums(sums, a_ptr, rows, step, block_n, blocks_n, M, K, stride_am, stride_ak,
+                  BLOCK_K: tl.constexpr):  # fmt: skip
+    """sums + one step of K of a's rows, where it is this block column's turn; the sum over K comes last.
+
+    a is loaded again, by then from the L2 cache: with one load for the product and for the sum, Triton (3.6,
+    3.8) gives the loop one buffer less, and overwrites what an unfinished wgmma still reads.
+    """
+    if step % blocks_n == block_n:
+        depth = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        offsets = rows.to(tl.int64)[:, None] * stride_am + depth.to(tl.int64)[None, :] * stride_ak
+        a = tl.load(a_ptr + offsets, mask=(rows < M)[:, None] & (depth < K)[None, :], other=0.0)
+        sums += a.to(tl.float32)
+    return sums
+
+
+@triton.jit
+def _store_row_sums(sums, row_sum_ptr, rows, plane, M):
+    tl.store(row_sum_ptr + plane.to(tl.int64) * M + rows, tl.sum(sums, axis=1), mask=rows < M)
+
+
 @triton.jit(do_not_specialize=["seed_offset"])
 def tile_kernel(
-    a_ptr, b_ptr, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr, seed_ptr,
+    a_ptr, b_ptr, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr, seed_ptr, row_sum_ptr,
     M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_rm, stride_rn,
     seed_offset, dropout,
     ACT: tl.constexpr, DACT: tl.constexpr, Z_SCALE: tl.constexpr,
@@ -130,7 +152,12 @@ def tile_kernel(
     a_ptrs = a_ptr + (rows % M).to(tl.int64)[:, None] * stride_am + start[None, :] * stride_ak
     b_ptrs = b_ptr + start[:, None] * stride_bk + (columns % N).to(tl.int64)[None, :] * stride_bn
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for step in range(first, last):
+        if row_sum_ptr is not None:
+            sums = _add_row_sums(
+                sums, a_ptr, rows, step, block_n, blocks_n, M, K, stride_am, stride_ak, BLOCK_K
+            )
         if EVEN_K:
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
@@ -142,6 +169,8 @@ def tile_kernel(
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
 
+    if row_sum_ptr is not None:
+        _store_row_sums(sums, row_sum_ptr, rows, tl.program_id(1) * blocks_n + block_n, M)
     if SPLITS > 1:
         output_ptr += tl.program_id(1).to(tl.int64) * M * N
     _finish_in_parts(
@@ -153,7 +182,7 @@ def tile_kernel(
 
 @triton.jit(do_not_specialize=["seed_offset"])
 def persistent_kernel(
-    a_ptr, b_ptr, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr, seed_ptr,
+    a_ptr, b_ptr, output_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr, partial_ptr, seed_ptr, row_sum_ptr,
     M, N, K, stride_a, stride_b, stride_om, stride_on, stride_rm, stride_rn, seed_offset, dropout,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
     ACT: tl.constexpr, DACT: tl.constexpr, Z_SCALE: tl.constexpr,
@@ -181,14 +210,22 @@ def persistent_kernel(
         split = number // tiles
         block_m, block_n = _place(number % tiles, blocks_m, blocks_n, GROUP)
         row, column = block_m * BLOCK_M, block_n * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_M)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        sums = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
         first = split * per_split
         for step in range(first, min(first + per_split, steps)):
+            if row_sum_ptr is not None:
+                sums = _add_row_sums(
+                    sums, a_ptr, rows, step, block_n, blocks_n, M, K, stride_a if A_ROWS else 1,
+                    1 if A_ROWS else stride_a, BLOCK_K,
+                )  # fmt: skip
             k = step * BLOCK_K
             left = a.load([row, k]) if A_ROWS else a.load([k, row]).T
             right = b.load([k, column]) if B_ROWS else b.load([column, k]).T
             accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
-        rows = row + tl.arange(0, BLOCK_M)
+        if row_sum_ptr is not None:
+            _store_row_sums(sums, row_sum_ptr, rows, split * blocks_n + block_n, M)
         plane_ptr = output_ptr + split.to(tl.int64) * M * N
         _finish_in_parts(
             accumulator, rows, column, block_m, M, N, plane_ptr, bias_ptr, residual_ptr, z_ptr, h_ptr,
@@ -198,8 +235,8 @@ def persistent_kernel(
 
 
 @triton.jit
-def sum_kernel(partial_ptr, total_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _sum_columns(partial_ptr, total_ptr, block, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    columns = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for first in range(0, P, BLOCK_P):
         rows = first + tl.arange(0, BLOCK_P)
@@ -207,3 +244,20 @@ def sum_kernel(partial_ptr, total_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.
         offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
         total += tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
     tl.store(total_ptr + columns, total.to(total_ptr.dtype.element_ty), mask=columns < N)
+
+
+@triton.jit
+def sum_kernel(
+    partial_ptr, total_ptr, second_ptr, second_total_ptr, P, N, second_P, second_N,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Two sums, of P planes of N numbers each, share a launch: the first programs make the first."""
+    block = tl.program_id(0)
+    if second_ptr is None:
+        _sum_columns(partial_ptr, total_ptr, block, P, N, BLOCK_P, BLOCK_N)
+    else:
+        blocks = tl.cdiv(N, BLOCK_N)
+        if block < blocks:
+            _sum_columns(partial_ptr, total_ptr, block, P, N, BLOCK_P, BLOCK_N)
+        else:
+            _sum_columns(second_ptr, second_total_ptr, block - blocks, second_P, second_N, BLOCK_P, BLOCK_N)

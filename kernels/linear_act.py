@@ -12,12 +12,13 @@ reads its own output, which the next layer keeps anyway. Bytes: (MK + NK + MN) e
 residual.
 
 Backward, GPU: dz = dy * act'(z) is one pass, (2 MN read + MN written) e, in which the bias gradient's partial
-sums ride; "none" has dz = dy and needs the pass (MN read) only for the bias. Then grad_input = dz @ weight
-and grad_weight = dz.T @ x by the forward's kernel. dz is not folded into the loads of those two: each of
-their column blocks would evaluate act' again, and the operand would reach the tensor cores through registers
-instead of shared memory, to save one pass. Every sum has a fixed order: no atomics, the same bits each run.
+sums ride (linear_gpu.py). Then grad_input = dz @ weight and grad_weight = dz.T @ x by the forward's
+kernel; "none" has dz = dy and no pass: its bias gradient rides on the product dz.T @ x. dz is not folded into
+the loads of those two: each of their column blocks would evaluate act' again, and the operand would reach the
+tensor cores through registers instead of shared memory, to save one pass. Every sum has a fixed order: no
+atomics, the same bits each run.
 
-CPU: linear_cpu.py.
+GPU: linear_gpu.py; CPU: linear_cpu.py.
 
 The gradients are `inherent`: tensor cores take dz in x's dtype and z is saved rounded, so on a GPU they carry
 1.4 to 1.7 floors, below eager's. The output carries one.
@@ -33,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusekit.kernels import linear_cpu
-from fusekit.kernels._triton import tl, triton
+from fusekit.kernels import linear_cpu, linear_gpu
 from fusekit.kernels.activations import ACTIVATIONS
-from fusekit.kernels.gemm import matmul, sum_partials
-from fusekit.kernels.launch import Plans, Repeated, kind_of, on_gpu
+from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.linear_gpu import dact as _dact  # noqa: F401
+from fusekit.kernels.linear_gpu import share_rows  # noqa: F401
+from fusekit.kernels.linear_gpu import use_tf32 as _use_tf32  # noqa: F401
 from fusekit.kernels.op import Op, Sample, not_runnable
 
 
@@ -55,109 +57,6 @@ def reference(
     z = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     y = ACTIVATIONS[act].reference(z)
     return (y if residual is None else y + residual.to(wide)).to(x.dtype)
-
-
-@triton.jit
-def _dact_kernel(
-    dy_ptr, saved_ptr, dz_ptr, partial_ptr, M, N, rows_per_program, stride_dy,
-    BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * rows_per_program
-    last = min(first + rows_per_program, M)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for row in range(first, last, BLOCK_M):
-        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask = (rows < last)[:, None] & (columns < N)[None, :]
-        offsets = rows[:, None] * N + columns[None, :]
-        dy_ptrs = dy_ptr + rows[:, None] * stride_dy + columns[None, :]
-        dz = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if saved_ptr is not None:
-            saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            dz = BACKWARD(dz, saved)
-        if dz_ptr is not None:
-            tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        if partial_ptr is not None:
-            total += tl.sum(dz, axis=0)
-    if partial_ptr is not None:
-        tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * N + columns, total, mask=columns < N)
-
-
-DACT_BLOCK_M, DACT_BLOCK_N, DACT_WARPS = 16, 128, 4
-DACT_PROGRAMS = 1024  # about 8 of 4 warps for each of 132 multiprocessors
-
-
-_dacts = Plans()
-
-
-def _dact(grad: Tensor, saved: Tensor | None, act: str, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dz (M, N), grad itself where act is "none", and the float32 (P, N) partial sums of its columns."""
-    if saved is None and not with_bias:
-        return grad, None
-    M, N = grad.shape
-    key = act, with_bias, M, N, grad.get_device(), kind_of(grad), kind_of(saved)
-    start, programs, rows = _dacts(key, lambda: _plan_dact(M, N, act))
-    dz = None if saved is None else torch.empty((M, N), dtype=grad.dtype, device=grad.device)
-    partials = grad.new_empty((programs, N), dtype=torch.float32) if with_bias else None
-    start(grad, saved, dz, partials, M, N, rows, grad.stride(0))
-    return (grad if dz is None else dz), partials
-
-
-def _plan_dact(M: int, N: int, act: str) -> tuple[Repeated, int, int]:
-    """The start, the programs that share the rows, and the rows of each."""
-    programs, rows = share_rows(M, N, DACT_BLOCK_M, DACT_BLOCK_N, DACT_PROGRAMS)
-    start = Repeated(
-        _dact_kernel, (triton.cdiv(N, DACT_BLOCK_N), programs), BACKWARD=ACTIVATIONS[act].kernel_backward,
-        BLOCK_M=DACT_BLOCK_M, BLOCK_N=DACT_BLOCK_N, num_warps=DACT_WARPS,
-    )  # fmt: skip
-    return start, programs, rows
-
-
-def share_rows(M: int, N: int, block_m: int, block_n: int, most: int) -> tuple[int, int]:
-    """How many programs share M rows where `most` programs share all, and the rows of each."""
-    steps = triton.cdiv(M, block_m)
-    per_program = triton.cdiv(steps, max(1, min(steps, most // max(triton.cdiv(N, block_n), 1))))
-    return max(1, triton.cdiv(steps, max(1, per_program))), per_program * block_m
-
-
-def _forward_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    tf32: bool,
-    y: Tensor,
-    z: Tensor | None,
-) -> None:
-    bias = None if bias is None else bias.contiguous()
-    matmul(x, weight.t(), y, bias=bias, act=act, residual=residual, z=z, tf32=_use_tf32(x, tf32))
-
-
-def _backward_triton(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    saved: Tensor | None,
-    act: str,
-    tf32: bool,
-    grad_input: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    dz, partials = _dact(grad, saved, act, grad_bias is not None)
-    tf32 = _use_tf32(dz, tf32)
-    if partials is not None and grad_bias is not None:
-        sum_partials(partials, grad_bias)
-    if grad_input is not None:
-        matmul(dz, weight, grad_input, tf32=tf32)
-    if grad_weight is not None and x is not None:
-        matmul(dz.t(), x, grad_weight, tf32=tf32)
-
-
-def _use_tf32(x: Tensor, tf32: bool) -> bool:
-    return x.dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -187,7 +86,7 @@ def _forward(
     stored = _rows(z) if save and _stores_z(act, residual) else None
     rows = (_rows(x), weight, bias, _optional_rows(residual), act)
     if on_gpu(x):
-        _forward_triton(*rows, tf32, _rows(y), stored)
+        linear_gpu.forward(*rows, tf32, _rows(y), stored)
     else:
         linear_cpu.forward(*rows, _rows(y), stored)
     return y, z
@@ -225,7 +124,7 @@ def _backward(
     rows = (_rows(grad_output), _optional_rows(x), weight, _optional_rows(saved), act)
     wanted = (_optional_rows(grad_input), grad_weight, grad_bias)
     if on_gpu(grad_output):
-        _backward_triton(*rows, tf32, *wanted)
+        linear_gpu.backward(*rows, tf32, *wanted)
     else:
         linear_cpu.backward(*rows, *wanted)
     return grads

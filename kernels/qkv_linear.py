@@ -12,7 +12,7 @@ Saved for backward: x and the weights, as three layers save them.
 Forward, GPU: one launch (qkv_kernels.py). It reads x once, (MK + NK + MN) e, where three layers read it three
 times. Backward: grad_x = dq @ w_q + dk @ w_k + dv @ w_v is one product with one accumulator, MK e written;
 three layers write three products, and two sums read and write them again, 9 MK e. It is rounded once. The
-weights' gradients are three products, the biases' the column sums of dq, dk and dv in a fixed order.
+weights' gradients are three products, on which the biases' ride as partial sums (linear_gpu.py).
 
 CPU: three products, and grad_x summed in one float32 accumulator; 16-bit values are widened, where they are,
 once for all three. That takes about as long as three layers, so price.py leaves those alone on a CPU.
@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels.gemm import matmul, sum_partials
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
-from fusekit.kernels.linear_act import _dact, _rows, _shape, _use_tf32
+from fusekit.kernels.linear_act import _rows, _shape
 from fusekit.kernels.linear_cpu import mixes, multiplies
+from fusekit.kernels.linear_gpu import use_tf32, weight_gradients
 from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.qkv_gemm import project, sum_products
 
@@ -116,7 +116,7 @@ def _sum_products_cpu(grads: Three, weights: Three, grad_x: Tensor) -> None:
 
 def _forward_triton(x: Tensor, weights: Three, biases: Biases, outputs: Three, tf32: bool) -> None:
     biases = [None if bias is None else bias.contiguous() for bias in biases]
-    project(x, weights, biases, outputs, _use_tf32(x, tf32))
+    project(x, weights, biases, outputs, use_tf32(x, tf32))
 
 
 def _backward_triton(
@@ -129,16 +129,11 @@ def _backward_triton(
     grad_biases: Biases,
 ) -> None:
     grads = [grad if grad.stride(1) == 1 else grad.contiguous() for grad in grads]
-    tf32 = _use_tf32(grads[0], tf32)
+    tf32 = use_tf32(grads[0], tf32)
     if grad_x is not None:
         sum_products(grads, weights, grad_x, tf32)
     for grad, grad_weight, grad_bias in zip(grads, grad_weights, grad_biases, strict=True):
-        if grad_weight is not None and x is not None:
-            matmul(grad.t(), x, grad_weight, tf32=tf32)
-        if grad_bias is not None:
-            partials = _dact(grad, None, "none", True)[1]
-            assert partials is not None
-            sum_partials(partials, grad_bias)
+        weight_gradients(grad, x, grad_weight, grad_bias, tf32)
 
 
 def _empty_forward(x: Tensor, weights: Three, biases: Biases, tf32: bool) -> Three:

@@ -23,14 +23,13 @@ from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample
 from fusekit.kernels.rope import tables
 from fusekit.kernels.rotation import (
-    chunks,
     dense_like,
     norm_backward_gpu,
-    rotate,
     rotate_gpu,
     rotated,
     unsupported,
 )
+from fusekit.kernels.rotation_cpu import chunks, rotate
 from fusekit.kernels.row_reduction import Draw, unsupported_parameter
 
 

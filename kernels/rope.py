@@ -21,15 +21,14 @@ from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample
 from fusekit.kernels.rotation import (
-    chunks,
     dense,
     dense_like,
-    rotate,
     rotate_gpu,
     rotated,
     rows_of,
     unsupported,
 )
+from fusekit.kernels.rotation_cpu import chunks, rotate
 from fusekit.kernels.row_reduction import Draw
 
 

@@ -1,9 +1,6 @@
 """One graph brought to a low dtype, node by node.
 
-A float32 value is either *settled*, the result of a float32 op on activations or a user's input: arithmetic
-with a low partner promotes, as under autocast; or free, a parameter, buffer, embedding, constant, or made of
-these alone (RoPE's cosines): then it is cast down to its partner. Each value is cast once, however many read
-it.
+Each value is cast once, however many read it (casts.py); which op takes what dtype: dtype_policy.py.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import call_checkpoint
+from fusekit.passes.casts import Casts
 from fusekit.passes.dtype_policy import (
     Policy,
     masks_scores,
@@ -28,10 +26,9 @@ from fusekit.passes.dtype_policy import (
     takes_dtype,
 )
 from fusekit.passes.normalise import is_mutation
-from fusekit.passes.propagate import dtype_of, faking, propagate
+from fusekit.passes.propagate import dtype_of, propagate
 
 aten = torch.ops.aten
-_VIEWS = (aten.reshape, aten.view)
 _LOWERED: dict[Policy, tuple[int, ...]] = {  # positions; of a matmul all that it multiplies
     Policy.LOW: (), Policy.NORM: (0, 1), Policy.ROPE: (0,), Policy.FP8: (0, 2),
 }  # fmt: skip
@@ -47,9 +44,7 @@ _PARAMETERS = {  # of ops whose products a CPU may widen: the position of the la
 class Lowering:
     """A graph on its way to the low dtype; a checkpoint's body is lowered with the graph that calls it.
 
-    original: dtypes as captured. What was not float32 then is never cast.
-    parameters: placeholders whose low copy is an input of its own, so that it can be made once per update.
-    parameter_casts: those copies, by the placeholder they are copies of.
+    casts: what is cast, and what is known of the values (casts.py).
     emulated: such a matmul was met, see `widened`.
     widened: on a CPU without 16-bit matrix instructions ATen's low matmuls run in scalar code, an order of
         magnitude slower than float32 ones. Linears then become linear_act, which widens blocks of rows, and
@@ -65,18 +60,13 @@ class Lowering:
         widened: bool = True,
     ) -> None:
         self.module, self.graph, self.low, self.widened = module, module.graph, low, widened
-        self.original = {node: dtype_of(node) for node in self.graph.nodes}
-        self.parameters = set(parameters)
-        self.parameter_casts: dict[fx.Node, fx.Node] = {}
-        self.settled: set[fx.Node] = set()
+        self.casts = Casts(module.graph, low, parameters)
         self.emulated = False
-        self._changed: set[fx.Node] = set()
-        self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def give(self, placeholder: fx.Node, value: Any) -> None:
         """What the caller now passes for this placeholder."""
         placeholder.meta["val"] = value
-        self._changed.add(placeholder)
+        self.casts.changed.add(placeholder)
 
     def run(self) -> None:
         grad_enabled = torch.is_grad_enabled()
@@ -91,17 +81,17 @@ class Lowering:
         """Cast results back to the dtypes they were captured in, or all to `dtype`."""
         output = self.graph.output_node()
         for node in output.all_input_nodes:
-            wanted = dtype or self.original.get(node)
+            wanted = dtype or self.casts.original.get(node)
             if isinstance(node.meta.get("val"), Tensor) and wanted is not None and dtype_of(node) != wanted:
-                output.replace_input_with(node, self._cast(node, wanted, output))
-                self._drop_view(node)
+                output.replace_input_with(node, self.casts.to(node, wanted, output))
+                self.casts.drop_view(node)
 
     def _is_boundary(self, node: fx.Node) -> bool:
         """A grad mode node: no cast is shared across one."""
         if node.target is not _compat.set_grad_enabled:
             return False
         torch.set_grad_enabled(bool(node.args[0]))
-        self._casts.clear()
+        self.casts.forget()
         return True
 
     def _lower(self, node: fx.Node) -> None:
@@ -110,7 +100,7 @@ class Lowering:
             self._lower_checkpoint(node)
         elif is_mutation(node):
             self._match_destination(node, policy)
-            self._casts.clear()  # a copy made before the write is stale after it
+            self.casts.forget()  # a copy made before the write is stale after it
             self._update(node)
         elif policy is Policy.LOW and self._is_emulated(node):
             self._widen(node)
@@ -125,25 +115,19 @@ class Lowering:
                 self._meet(node)
             self._update(node)
         if overflows(node, self.low) or any(
-            n in self.settled or dtype_of(n) == self.low for n in node.all_input_nodes
+            n in self.casts.settled or dtype_of(n) == self.low for n in node.all_input_nodes
         ):
-            self.settled.add(node)
+            self.casts.settled.add(node)
 
     def _update(self, node: fx.Node) -> None:
-        if any(n in self._changed for n in node.all_input_nodes):
+        if any(n in self.casts.changed for n in node.all_input_nodes):
             propagate(node)
-            self._changed.add(node)
-
-    def _is_lowered(self, node: fx.Node) -> bool:
-        return self.original.get(node, torch.float32) == torch.float32 and dtype_of(node) == self.low
-
-    def _is_single(self, node: fx.Node) -> bool:
-        return self.original.get(node, torch.float32) == torch.float32 and dtype_of(node) == torch.float32
+            self.casts.changed.add(node)
 
     def _is_emulated(self, node: fx.Node) -> bool:
         """Whether ATen would run this matmul in scalar code."""
         aten_op = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
-        if not self.widened or not aten_op or self.original[node] != torch.float32:
+        if not self.widened or not aten_op or self.casts.original[node] != torch.float32:
             return False
         return not on_gpu(node.meta["val"]) and not multiplies(self.low)
 
@@ -156,12 +140,12 @@ class Lowering:
                 node.target = aten.linear.default
                 self._bring_down(node, node.all_input_nodes)
             propagate(node)
-            self._changed.add(node)
+            self.casts.changed.add(node)
             return
         self._bring_up(node)
         readers = [user for user in node.users if user.op != "output"]
         for reader in readers:
-            self._replace(reader, node, self._cast(node, self.low, min(readers)))
+            self.casts.replace(reader, node, self.casts.to(node, self.low, min(readers)))
 
     def _low_inputs(self, node: fx.Node) -> list[fx.Node]:
         """What a product takes in the low dtype: where a CPU widens its operands, not the parameters."""
@@ -176,54 +160,58 @@ class Lowering:
         return [n for n in inputs if n not in parameters or n is x or n in node.args[last + 1 :]]
 
     def _stays_wide(self, source: fx.Node) -> bool:
-        return self._is_single(source) and self._is_parameter(source)
+        return self.casts.is_single(source) and self.casts.is_parameter(source)
 
     def _bring_down(self, node: fx.Node, inputs: Iterable[fx.Node]) -> None:
         for source in inputs:
-            if self._is_single(source) and not _is_mask(node, source):
-                self._replace(node, source, self._cast_down(source, node))
+            if self.casts.is_single(source) and not _is_mask(node, source):
+                self.casts.replace(node, source, self.casts.down(source, node))
 
     def _bring_up(self, node: fx.Node) -> None:
-        lowered = [n for n in node.all_input_nodes if self._is_lowered(n)]
+        lowered = [n for n in node.all_input_nodes if self.casts.is_lowered(n)]
         if lowered and takes_dtype(node.target):
             _accumulate_in_float32(node)
             return
         for source in lowered:
-            self._replace(node, source, self._cast(source, torch.float32, node))
+            self.casts.replace(node, source, self.casts.to(source, torch.float32, node))
 
     def _meet(self, node: fx.Node) -> None:
         """Elementwise: free inputs follow a low partner; settled ones promote it, as ATen does by itself."""
-        if any(map(self._is_single, node.all_input_nodes)) and masks_scores(node):
+        if any(map(self.casts.is_single, node.all_input_nodes)) and masks_scores(node):
             self._bring_up(node)
             return
-        single = [n for n in node.all_input_nodes if self._is_single(n) and n.meta["val"].dim()]
-        lowered = any(self._is_lowered(n) for n in node.all_input_nodes)
-        if not lowered or any(n in self.settled for n in single):
+        single = [n for n in node.all_input_nodes if self.casts.is_single(n) and n.meta["val"].dim()]
+        lowered = any(self.casts.is_lowered(n) for n in node.all_input_nodes)
+        if not lowered or any(n in self.casts.settled for n in single):
             return
         for source in single:
-            self._replace(node, source, self._cast_down(source, node))
+            self.casts.replace(node, source, self.casts.down(source, node))
 
     def _match_destination(self, node: fx.Node, policy: Policy) -> None:
         """In place: the destination keeps its dtype. ATen converts elementwise operands; others are cast."""
         destination, *others = node.all_input_nodes
-        if self._is_lowered(destination) and overflows(node, self.low):
+        if self.casts.is_lowered(destination) and overflows(node, self.low):
             saturate(node, self.low)
             return
         if policy is Policy.FLOW or not isinstance(node.target, torch._ops.OpOverload):
             return
         wanted = dtype_of(destination)
         for source in others:
-            if wanted is not None and (self._is_lowered(source) or self._is_single(source)):
-                self._replace(node, source, self._cast(source, wanted, node))
+            if wanted is not None and (self.casts.is_lowered(source) or self.casts.is_single(source)):
+                self.casts.replace(node, source, self.casts.to(source, wanted, node))
 
     def _drop_cast(self, node: fx.Node) -> bool:
         """A user's cast that has nothing left to do; one of a parameter to low is the parameter's copy."""
         source, *others = node.all_input_nodes
-        if others or self.original[node] != self.low or source.meta["val"].device != node.meta["val"].device:
+        if (
+            others
+            or self.casts.original[node] != self.low
+            or source.meta["val"].device != node.meta["val"].device
+        ):
             return False
-        if self._is_single(source) and self._is_parameter(source):
-            replacement = self._cast_down(source, node)
-        elif self._is_lowered(source):
+        if self.casts.is_single(source) and self.casts.is_parameter(source):
+            replacement = self.casts.down(source, node)
+        elif self.casts.is_lowered(source):
             replacement = source
         else:
             return False
@@ -231,93 +219,24 @@ class Lowering:
         self.graph.erase_node(node)
         return True
 
-    def _is_parameter(self, source: fx.Node) -> bool:
-        """A parameter, or a view of one that needs nothing else."""
-        while source not in self.parameters:
-            if source.op != "call_function" or len(source.all_input_nodes) != 1 or is_mutation(source):
-                return False
-            if policy_of(source, self.low) is not Policy.MOVE or _is_random(source):
-                return False
-            source = source.all_input_nodes[0]
-        return True
-
-    def _cast_down(self, source: fx.Node, before: fx.Node) -> fx.Node:
-        """`source` in the low dtype; of a view of a parameter the same view of its copy."""
-        if source in self.parameters:
-            return self._parameter_cast(source)
-        if (source, self.low) not in self._casts and self._is_parameter(source):
-            self._casts[source, self.low] = self._again(
-                source, self._cast_down(source.all_input_nodes[0], before), before
-            )
-        return self._cast(source, self.low, before)
-
-    def _again(self, view: fx.Node, base: fx.Node, before: fx.Node) -> fx.Node:
-        """The op of `view` on another base."""
-        with self.graph.inserting_before(before):
-            again = self.graph.node_copy(view, lambda n: base if n is view.all_input_nodes[0] else n)
-        propagate(again)
-        self._changed.add(again)
-        return again
-
-    def _parameter_cast(self, source: fx.Node) -> fx.Node:
-        if source not in self.parameter_casts:
-            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
-                target = self.graph.placeholder(f"{source.name}_low")
-            with faking(source):
-                value = source.meta["val"].detach().to(self.low)
-                value.requires_grad_(source.meta["val"].requires_grad)
-            target.meta = {**source.meta, "val": value, "parameter": False}
-            self.parameter_casts[source] = target
-            self._changed.add(target)
-        return self.parameter_casts[source]
-
-    def _cast(self, source: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
-        if (source, dtype) in self._casts:
-            return self._casts[source, dtype]
-        if dtype == torch.float32 and getattr(source.target, "overloadpacket", None) in _VIEWS:
-            # Logits are often returned, and flattened for the loss: one float32 copy serves both.
-            self._casts[source, dtype] = self._again(
-                source, self._cast(source.all_input_nodes[0], dtype, before), before
-            )
-        else:
-            with self.graph.inserting_before(before):
-                cast = self.graph.call_function(aten.to.dtype, (source, dtype))
-            cast.meta = {k: v for k, v in source.meta.items() if k in ("stack_trace", "nn_module_stack")}
-            propagate(cast)
-            self._changed.add(cast)
-            self._casts[source, dtype] = cast
-        if dtype == torch.float32:
-            self.settled.add(self._casts[source, dtype])
-        return self._casts[source, dtype]
-
-    def _replace(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        node.replace_input_with(old, new)
-        self._drop_view(old)
-        if "fusion_inputs" in node.meta:
-            node.meta["fusion_inputs"] = [new if n is old else n for n in node.meta["fusion_inputs"]]
-
-    def _drop_view(self, node: fx.Node) -> None:
-        if not node.users and getattr(node.target, "overloadpacket", None) in _VIEWS:
-            self.graph.erase_node(node)
-
     def _lower_checkpoint(self, node: fx.Node) -> None:
         body: fx.GraphModule = getattr(self.module, str(node.args[0].target))  # type: ignore[union-attr]
         inputs = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True))
-        parameters = {p for p, arg in inputs.items() if arg in self.parameters}
+        parameters = {p for p, arg in inputs.items() if arg in self.casts.parameters}
         child = Lowering(body, self.low, parameters, widened=self.widened)
         for placeholder, arg in inputs.items():
             if isinstance(arg, fx.Node):
-                if arg in self._changed:
+                if arg in self.casts.changed:
                     child.give(placeholder, arg.meta["val"])
-                if arg in self.settled:
-                    child.settled.add(placeholder)
+                if arg in self.casts.settled:
+                    child.casts.settled.add(placeholder)
         child.run()
         self.emulated |= child.emulated
-        for placeholder in child.parameter_casts:
-            node.args = (*node.args, self._parameter_cast(inputs[placeholder]))
+        for placeholder in child.casts.parameter_casts:
+            node.args = (*node.args, self.casts.of_parameter(inputs[placeholder]))
         results = body.graph.output_node().args[0]
         node.meta["val"] = fx.map_arg(results, lambda n: n.meta["val"])
-        self._changed.add(node)
+        self.casts.changed.add(node)
 
 
 def _accumulate_in_float32(node: fx.Node) -> None:
@@ -336,11 +255,6 @@ def _full_precision(node: fx.Node) -> bool:
     fusion = node.meta.get("fusion")
     replaced = fusion.eager.graph.nodes if fusion is not None and fusion.eager is not None else ()
     return any(n.meta.get("full_precision", False) for n in (node, *replaced))
-
-
-def _is_random(node: fx.Node) -> bool:
-    """A second call, as randn_like of the copy, would draw again."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _is_mask(node: fx.Node, source: fx.Node) -> bool:

@@ -68,7 +68,7 @@ def _lower_region(region: Region, low: torch.dtype) -> None:
     for node in region.module.graph.find_nodes(op="placeholder"):
         own = node.meta.get("parameter") or "_buffers[" in node.meta.get("source", "")
         if not own and dtype_of(node) == torch.float32:
-            lowering.settled.add(node)  # a user's float32 input is an activation
+            lowering.casts.settled.add(node)  # a user's float32 input is an activation
     lowering.run()
     lowering.restore_outputs()
     if lowering.emulated:
@@ -80,7 +80,7 @@ def _lower_region(region: Region, low: torch.dtype) -> None:
     placeholders = list(region.module.graph.find_nodes(op="placeholder"))
     region.input_casts += [
         InputCast(source=placeholders.index(source), target=placeholders.index(target), dtype=low)
-        for source, target in lowering.parameter_casts.items()
+        for source, target in lowering.casts.parameter_casts.items()
     ]
     for body in bodies(region.module):
         body.graph.lint()

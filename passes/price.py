@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fusekit.kernels import attention
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.op import LOW_PRECISION
-from fusekit.passes import cost
+from fusekit.passes import cost, tf32
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import Cost, bytes_of, device_of, node_cost, roofline
 from fusekit.passes.propagate import complete, faking, tensors_of
@@ -107,7 +107,7 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     if fusion.op == "linear_fp8":
         return _estimate_fp8(node, replaced, started)
     moved = ends + int(remaining * max(0, replaced.bytes - ends))
-    fused = roofline(replaced.flops, moved, value, tf32=bool(node.kwargs.get("tf32")))
+    fused = roofline(replaced.flops, moved, value, tf32=tf32.is_on(node))
     fusion.bytes_saved = max(0, replaced.bytes - moved)
     # One roofline is never above the sum of its parts: where it seems so, the model is wrong.
     seconds = min(fused.seconds, replaced.seconds) + cost.FUSED_OVERHEAD[kind]

@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from fusekit.passes.letters import equal, translate, unify
+from fusekit.passes.match_check import State, is_shared, why_not, with_producers
 from fusekit.passes.pattern import (
     ANCHORS,
     COMMUTATIVE,
     INVERSE_ARGS,
     INVERTIBLE,
     LAYOUT,
-    LOW,
     NEUTRAL,
     Match,
     Miss,
@@ -33,21 +30,11 @@ from fusekit.passes.spelling import Spelling, Start, spell, value_of
 REACH = 3
 
 
-class State(NamedTuple):
-    nodes: dict[fx.Node, fx.Node]
-    skipped: dict[fx.Node, fx.Node]
-    operands: dict[str, Any]
-    captures: dict[str, float]
-
-    def having(self, **changes: dict[Any, Any]) -> State:
-        return self._replace(**{name: {**getattr(self, name), **new} for name, new in changes.items()})
-
-
 def find(pattern: Pattern, root: fx.Node) -> Match | Miss | None:
     """The match that ends at `root`, else the nearest miss, else None: even the root is another op."""
     search = Search(pattern, root)
     for state in search.outputs():
-        reason = search.check(state)
+        reason = why_not(pattern, state)
         if reason is None:
             return search.match(state)
         search.miss = Miss(pattern.rule, root, root, reason, pattern.weight, complete=True)
@@ -125,24 +112,12 @@ class Search:
             return  # a number where a computed tensor belongs: scaling is another function, not a near-match
         there = spell(value)
         if there.name == wanted.name:
-            extended = state.having(**{"skipped" if self.is_shared(wanted) else "nodes": {p: value}})
+            extended = state.having(**{"skipped" if is_shared(wanted) else "nodes": {p: value}})
             for ours, theirs in self.orders(wanted, there):
                 yield from self.arguments(ours, theirs, value, extended)
         elif wanted.name not in ("to", "reshape", *NEUTRAL) and p not in self.pattern.also:
             self.fail(state, value, f"{there.name} where {wanted.name} is needed")
         yield from self.absent(p, wanted, there, value, state)
-
-    def is_shared(self, wanted: Spelling) -> bool:
-        """A transposed or complemented argument may serve many sites: it is read through, not replaced."""
-        inner = wanted.args[0]
-        return wanted.name in INVERTIBLE and isinstance(inner, fx.Node) and inner.op == "placeholder"
-
-    def is_free(self, wanted: Spelling) -> bool:
-        """Made of nothing but an argument that has a shape of its own."""
-        names = {
-            str(a.target) if a.op == "placeholder" else "" for a in wanted.args if isinstance(a, fx.Node)
-        }
-        return names <= {o.name for o in self.pattern.operands if "any" in o.words} and bool(names)
 
     def orders(self, wanted: Spelling, there: Spelling) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
         if len(wanted.args) == len(there.args):
@@ -169,7 +144,7 @@ class Search:
             elif there.name != wanted.name and name not in state.captures:
                 state = state.having(skipped={p: value}, captures={name: NEUTRAL[wanted.name]})
                 yield from self.node(wanted.args[0], value, state)
-        elif self.is_shared(wanted) and there.name != wanted.name and isinstance(value_of(value), Tensor):
+        elif is_shared(wanted) and there.name != wanted.name and isinstance(value_of(value), Tensor):
             inverse = New(INVERTIBLE[wanted.name], (value, *INVERSE_ARGS[wanted.name]))
             yield from self.operand(str(wanted.args[0].target), inverse, state)
 
@@ -220,62 +195,13 @@ class Search:
         else:
             self.fail(state, value, f"{name} is not a tensor")
 
-    def check(self, state: State) -> str | None:
-        """Why a structural match is no match: shapes, dtypes, regions, escapes."""
-        sizes: dict[str, Any] = {}
-        for operand in self.pattern.operands:
-            value = state.operands.get(operand.name)
-            if value is not None and (reason := unify(operand, _shape(value), sizes)):
-                return reason
-        return self.check_intermediates(state, sizes) or self.check_surroundings(state)
-
-    def check_intermediates(self, state: State, sizes: dict[str, Any]) -> str | None:
-        first = state.operands[next(iter(self.pattern.rule.shapes))]
-        low = value_of(first.args[0] if isinstance(first, New) else first).dtype
-        for p, node in (*state.nodes.items(), *state.skipped.items()):
-            ours, theirs = value_of(p), value_of(node)
-            wanted = self.pattern.spelled[p]
-            if self.is_shared(wanted):
-                continue  # its argument is checked, or may have a shape of its own
-            name = wanted.name
-            expected = low if ours.dtype == LOW else ours.dtype
-            fits = theirs.dtype == expected or (name == "softmax" and theirs.dtype in (low, torch.float32))
-            # A cast left out does no harm itself: what reads it is checked, and promotes as the cast would.
-            if not fits and p not in state.skipped:
-                return f"{name} is computed in {_named(theirs.dtype)}, not {_named(expected)}"
-            if not self.is_free(wanted) and not self.shape_fits(ours.shape, theirs.shape, sizes):
-                return f"{name} has shape {tuple(theirs.shape)}, which the pattern does not give it"
-            if name == "slice" and not self.shape_fits(wanted.args[2], spell(node).args[2], sizes):
-                return f"the slice starts at {spell(node).args[2].at}, not where the pattern's does"
-        return None
-
-    def shape_fits(self, ours: Sequence[Any], theirs: Sequence[Any], sizes: dict[str, Any]) -> bool:
-        expected = translate(ours, self.pattern.sizes, sizes)
-        return len(expected) == len(theirs) and all(map(equal, expected, theirs))
-
-    def check_surroundings(self, state: State) -> str | None:
-        nodes = _with_producers(state.nodes.values())
-        if len({n.meta.get("region") for n in nodes}) > 1:
-            return "a grad-mode, autocast or in-place boundary lies inside"
-        for name, value in state.operands.items():
-            if (value.args[0] if isinstance(value, New) else value) in nodes:
-                return f"{name} is computed inside the chain itself"
-        outputs = {state.nodes.get(p, state.skipped.get(p)) for p in self.pattern.outputs}
-        for node in nodes - outputs:
-            for user in node.users:
-                if user not in nodes:
-                    promise = user.op == "output" and self.pattern.rule.op == "linear_cross_entropy"
-                    hint = "; keep_logits=False promises that nobody reads the logits" if promise else ""
-                    return f"the result of {spell(node).name} is also read by {user.name}{hint}"
-        return None
-
     def match(self, state: State) -> Match:
         outputs = tuple(state.nodes.get(p) or state.skipped[p] for p in self.pattern.outputs)
         arguments = {**state.operands, **state.captures, **self.pattern.rule.fixed}
         stands_for: dict[fx.Node, tuple[str, New | None]] = {}
         for p, node in state.skipped.items():
             wanted = self.pattern.spelled[p]
-            if self.is_shared(wanted):
+            if is_shared(wanted):
                 made = New(INVERTIBLE[wanted.name], (node, *INVERSE_ARGS[wanted.name]))
                 stands_for[node] = (str(wanted.args[0].target), made)
         for name, value in state.operands.items():
@@ -284,7 +210,7 @@ class Search:
             elif value is not None:
                 stands_for[value] = (name, None)
         return Match(
-            self.pattern.rule, outputs, sorted(_with_producers(state.nodes.values())), arguments, stands_for
+            self.pattern.rule, outputs, sorted(with_producers(state.nodes.values())), arguments, stands_for
         )
 
 
@@ -296,30 +222,6 @@ def _module(node: fx.Node) -> list[Any]:
 
 def _is_layer(kind: Any) -> bool:
     return getattr(kind, "__name__", str(kind)).rsplit(".", 1)[-1].endswith(("Linear", "Conv1D"))
-
-
-def _with_producers(matched: Iterable[fx.Node]) -> set[fx.Node]:
-    """Also the chunks, splits, unbinds and maxima of which every part that is read is among the nodes."""
-    nodes = set(matched)
-    for part in [node for node in nodes if node.target is operator.getitem]:
-        producer: Any = part.args[0]
-        unread = {user for user in producer.users if user.target is operator.getitem and not user.users}
-        if nodes.issuperset(producer.users.keys() - unread):
-            nodes |= {producer, *unread}
-    return nodes
-
-
-def _shape(value: fx.Node | New) -> list[Any]:
-    if not isinstance(value, New):
-        return list(value_of(value).shape)
-    shape = list(value_of(value.args[0]).shape)
-    if value.target is INVERTIBLE["transpose_last"]:
-        shape[-2:] = shape[:-3:-1]
-    return shape
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _is_number(value: Any) -> bool:

@@ -41,11 +41,23 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _switch_on(node: fx.Node) -> None:
-    position = [a.name for a in node.target._schema.arguments].index("tf32")  # type: ignore[union-attr]
+    position = _position(node)
     if position < len(node.args):
         node.update_arg(position, True)
     else:
         node.update_kwarg("tf32", True)
+
+
+def is_on(node: fx.Node) -> bool:
+    """Whether a fused op was asked for tf32, by position or by name."""
+    if not _has_switch(node):
+        return False
+    position = _position(node)
+    return bool(node.args[position] if position < len(node.args) else node.kwargs.get("tf32"))
+
+
+def _position(node: fx.Node) -> int:
+    return [a.name for a in node.target._schema.arguments].index("tf32")  # type: ignore[union-attr]
 
 
 def _has_switch(node: fx.Node) -> bool:

@@ -14,23 +14,41 @@ from fusekit.kernels.parity import results_and_grads
 
 
 class Case(NamedTuple):
-    """eager: the same function by torch.nn.functional. make: the op's arguments of x and make(*shape)."""
+    """A way to call the op `name`.
+
+    eager: the same function by torch.nn.functional. make: the op's arguments of x and make(*shape).
+    form: which of several ways, for the test's name.
+    """
 
     name: str
     eager: Callable[..., Any]
     make: Callable[[Tensor, Callable[..., Tensor]], tuple[Any, ...]]
+    form: str = ""
+
+
+def label(case: Case) -> str:
+    return case.form or case.name
 
 
 def _linear_act(x: Tensor, weight: Tensor, bias: Tensor, residual: None, act: str) -> Tensor:
     return F.gelu(F.linear(x, weight, bias))
 
 
+def _linear_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.linear(x, weight, bias) + residual
+
+
 def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 
-def _gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+def _gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, _: None, b_up: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up, b_up), down)
+
+
+def _packed(x: Tensor, gate_up: Tensor, up: None, down: Tensor, bias: Tensor) -> Tensor:
+    gate, up_ = F.linear(x, gate_up, bias).chunk(2, -1)
+    return F.linear(F.silu(gate) * up_, down)
 
 
 def _qkv(x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -38,11 +56,20 @@ def _qkv(x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tens
 
 
 CASES = [
+    Case("linear_act", F.linear, lambda x, make: (x, make(12, x.shape[-1]), make(12)), "linear"),
     Case("linear_act", _linear_act, lambda x, make: (x, make(12, x.shape[-1]), make(12), None, "gelu")),
+    Case(
+        "linear_act", _linear_residual,
+        lambda x, make: (x, make(12, x.shape[-1]), make(12), make(*x.shape[:-1], 12)), "linear_residual",
+    ),
     Case("mlp", _mlp, lambda x, make: (x, make(12, x.shape[-1]), make(12), make(7, 12), make(7))),
     Case(
         "gated_mlp", _gated,
-        lambda x, make: (x, make(12, x.shape[-1]), make(12, x.shape[-1]), make(7, 12)),
+        lambda x, make: (x, make(12, x.shape[-1]), make(12, x.shape[-1]), make(7, 12), None, make(12)),
+    ),
+    Case(
+        "gated_mlp", _packed,
+        lambda x, make: (x, make(24, x.shape[-1]), None, make(7, 12), make(24)), "gated_mlp_packed",
     ),
     Case(
         "qkv_linear", _qkv,

@@ -93,14 +93,14 @@ def test_a_processor_that_multiplies_low_precision(act, monkeypatch):
         assert all(v.ok for v in verdicts), "\n".join(map(str, verdicts))
 
 
-def saved_elements(function, args):
-    """Elements kept for backward beside the arguments' own memory."""
+def saved_bytes(function, args):
+    """Kept for backward beside the arguments' own memory; a storage counts once."""
     own = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
     kept = {}
 
     def keep(t):
         if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -108,15 +108,25 @@ def saved_elements(function, args):
     return sum(kept.values())
 
 
-def test_saved_elements_are_counted():
-    """M = 70 rows, H = 40 hidden features: one tensor of MH less for mlp, two less where gated."""
-    hidden = 70 * 40
-    assert saved_elements(MLP.fused, mlp_arguments("gelu")) == hidden
-    assert saved_elements(_mlp, mlp_arguments("gelu")) == 2 * hidden
-    assert saved_elements(MLP.fused, mlp_arguments("relu")) == hidden
-    assert saved_elements(GATED.fused, gated_arguments("silu")) == 2 * hidden
-    assert saved_elements(_gated, gated_arguments("silu")) == 4 * hidden
-    assert saved_elements(GATED.fused, packed_arguments("silu")) == 2 * hidden
+def without_biases(args):
+    return tuple(None if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in args)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_bytes_are_counted(dtype, bias):
+    """M = 70 rows, H = 40 hidden features: one tensor of MH less than eager for mlp, two less where gated."""
+    hidden = 70 * 40 * dtype.itemsize
+    cases = (
+        (MLP, _mlp, mlp_arguments("gelu", dtype), 1, 2),
+        (MLP, _mlp, mlp_arguments("relu", dtype), 1, 1),  # eager's ReLU keeps its output alone as well
+        (GATED, _gated, gated_arguments("silu", dtype), 2, 4),
+        (GATED, _gated, packed_arguments("silu", dtype), 2, 4),
+    )
+    for op, eager, args, ours, theirs in cases:
+        args = args if bias else without_biases(args)
+        assert saved_bytes(op.fused, args) == ours * hidden
+        assert saved_bytes(eager, args) == theirs * hidden
 
 
 @pytest.mark.parametrize("frozen", range(7))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusekit.passes import cost
 from fusekit.passes.canonicalise import canonicalise
@@ -181,3 +182,31 @@ def test_flops(call: Callable[..., Tensor], flops: int) -> None:
     torch._dynamo.reset()
     torch.compile(Model(), backend=backend)(torch.randn(4, 8))
     assert sum((cost.node_cost(n) for n in graphs[0].graph.nodes), cost.Cost()).flops == flops
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_tf32_is_priced_at_its_rate(tf32: bool, by_name: bool) -> None:
+    """However it was asked for: what the fuse pass inserts has every argument by position."""
+    graph, mode = fx.Graph(), FakeTensorMode()
+    with mode:
+        values = [torch.empty(4096, 4096, device="cuda") for _ in range(3)]
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    if by_name:
+        arguments, named = (x, weight, None, None, "gelu"), {"tf32": tf32}
+    else:
+        arguments, named = (x, weight, None, None, "gelu", tf32), {}
+    fused = graph.call_function(torch.ops.fusekit.linear_act.default, arguments, named)
+    graph.output(fused)
+    for node, value in zip((x, weight, fused), values, strict=True):
+        node.meta["val"] = value
+    fusion = Fusion(
+        site="linear_act_0", op="linear_act", rule="test", location="model.py:1", shapes=(), dtype="float32",
+        flops=2 * 4096**3,
+    )  # fmt: skip
+    fused.meta["fusion"] = fusion
+    region = Region(module=fx.GraphModule({}, graph), settings=Settings(), config=Config())
+    price(region)
+    device = cost.device_of(values[0])
+    rates = device.tf32 / device.float32 if tf32 else 1.0
+    assert fusion.estimated_gain == pytest.approx(rates, rel=0.02)

@@ -105,6 +105,25 @@ def test_arguments_say_what_the_interpreter_counts(name):
         assert getattr(counts, direction).bytes == pytest.approx(exact, rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes", "kernels"),
+    [
+        ("linear_act", ((4096, 4096), (4096,)), ["persistent_kernel"] * 2 + ["sum_kernel"]),
+        ("qkv_linear", ((1024, 4096),) * 3 + ((1024,),) * 3,
+         ["persistent_sum_kernel"] + ["persistent_kernel", "sum_kernel"] * 3),
+    ],
+)  # fmt: skip
+def test_bias_gradients_ride_on_products(name, shapes, kernels):
+    """No pass over the output's gradient of their own, only the sum of partial results."""
+    with FakeTensorMode(), record() as started:
+        x, *rest = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((4096, 4096), *shapes))
+        outputs = OPS[name].fused(x, *rest)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        before = len(started)
+        torch.autograd.grad(outputs, (x, *rest), [torch.empty_like(y) for y in outputs])
+    assert [start.kernel.fn.__name__ for start in started[before:]] == kernels
+
+
 def test_saved_bytes_leave_parameters_out_and_count_a_storage_once():
     counts = Counts()
     with FakeTensorMode():

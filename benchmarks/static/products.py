@@ -54,6 +54,8 @@ def _product(row: Row, layout: str, epilogue: str, splits: int, dtype: torch.dty
     backward = {"dact": "gelu", "z": z, "h": h, "grad_bias": bias}
     if epilogue == "plain":
         matmul(a, b, output, **options)  # type: ignore[arg-type]
+        if layout == "tn":  # of a weight's gradient, on which the bias's rides
+            matmul(a, b, output, row_sums=torch.empty(M, dtype=dtype), **options)  # type: ignore[arg-type]
     elif epilogue == "forward":
         matmul(a, b, output, **forward, **options)  # type: ignore[arg-type]
     elif epilogue == "backward":

@@ -88,6 +88,47 @@ def test_dropout_after_the_activation_and_before_the_residual(config: Config) ->
     assert_close(output, y + residual.double(), K)
 
 
+@pytest.mark.parametrize("row", rows(), ids=label)
+def test_row_sums_of_every_configuration(row: Row) -> None:
+    """dz.T @ x with the sums of dz's columns: by two block columns in turn, of two splits, both ragged."""
+    config, dtype, tf32 = row.config, DTYPES[row.kind][0], row.kind == "tf32"
+    M, N, K = config.m + 8, config.n + 8, 3 * config.k + 8
+    letters = "ss" if row.layouts[0] == "s" else "tn"
+    a, b = operand(M, K, letters[0], dtype, 1), operand(K, N, letters[1], dtype, 2)
+    for splits in (1, 2):
+        output = torch.full((M, N), torch.nan, device="cuda", dtype=dtype)
+        sums = torch.full((M,), torch.nan, device="cuda", dtype=dtype)
+        matmul(a, b, output, tf32=tf32, row_sums=sums, config=config, splits=splits)
+        assert_close(output, rounded(a, tf32) @ rounded(b, tf32), K, tf32)
+        assert_close(sums[None], a.double().sum(1)[None], K)  # not of what tf32 leaves of a
+
+
+@both
+@pytest.mark.parametrize("layout", ["nn", "tt", "ss"])
+def test_row_sums_of_layouts(config: Config, layout: str) -> None:
+    """More block columns than steps of K: some have nothing to add."""
+    if layout == "ss" and config.kernel == "persistent":
+        pytest.skip("descriptors need rows 16 bytes apart")
+    M, N, K = 72, 200, 40
+    a, b = (
+        operand(r, c, x, torch.float16, i)
+        for i, (r, c, x) in enumerate(zip((M, K), (K, N), layout, strict=True))
+    )
+    output, sums = torch.empty(M, N, device="cuda", dtype=torch.float16), torch.empty(M, device="cuda")
+    matmul(a, b, output, row_sums=sums, config=config)
+    assert_close(output, a.double() @ b.double(), K)
+    assert_close(sums[None], a.double().sum(1)[None], K)
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(8, 16, 0), (70, 1, 24), (5, 130, 33)])
+def test_row_sums_of_unusual_shapes(M: int, N: int, K: int) -> None:
+    a, b = tensor(K, M, dtype=torch.bfloat16, seed=1).t(), tensor(K, N, dtype=torch.bfloat16, seed=2)
+    output, sums = torch.empty(M, N, device="cuda", dtype=torch.bfloat16), torch.empty(M, device="cuda")
+    matmul(a, b, output, row_sums=sums)
+    assert_close(output, a.double() @ b.double(), K)
+    assert_close(sums[None], a.double().sum(1)[None], K)
+
+
 @pytest.mark.parametrize(("M", "N", "K"), [(130, 67, 33), (1, 8, 16), (70, 1, 24), (8, 16, 0), (0, 8, 8)])
 def test_ragged_and_empty_shapes_by_the_tables_choice(M: int, N: int, K: int) -> None:
     a, b = tensor(M, K, dtype=torch.bfloat16, seed=1), tensor(N, K, dtype=torch.bfloat16, seed=2).t()

@@ -84,3 +84,14 @@ def test_frozen_inputs_have_no_gradient(frozen):
     assert fused.keys() == eager.keys()
     for name in eager:
         torch.testing.assert_close(fused[name], eager[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "conv1d"])
+def test_bias_gradient_without_activation(dtype, columns):
+    """It rides on the product for the weight's gradient, or where that is stored by columns on a pass."""
+    x, weight, bias = leaves(dtype, (131, 40), (40, 72) if columns else (72, 40), (72,))
+    if columns:
+        weight = weight.detach().t().requires_grad_()
+    assert_parity((x, weight, bias), inherent=OP.inherent)
+    assert deterministic(OP.fused, (x, weight, bias))
