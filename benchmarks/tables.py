@@ -97,7 +97,8 @@ def _models(found: dict[str, Any]) -> str:
         "from eager float32 over the same steps; sites: what fusekit fused:\n\n"
     )
     headings = ("model", "", "ms/step", "speed", "per second", "MFU", "peak MB", "start s", "loss", "sites")
-    left_out = "".join(f"\nLeft out: {name}: {reason}\n" for name, reason in found["left_out"].items())
+    names = ", ".join(found["left_out"])
+    left_out = f"\nLeft out, with the reasons in the results file (mostly time): {names}.\n" if names else ""
     return title + _table(headings, rows) + left_out
 
 

@@ -14,8 +14,9 @@ h is never saved, except where it is all that the derivative reads (ReLU, no act
 
 Backward, GPU: dh = dy @ w_out. Plain, the epilogue makes dz = dh * act'(z) of it, recomputes h and sums the
 bias gradient. Gated, one pass (3 MH read, 3 MH written) e makes dgate in dh's place, dup and h, and adds up
-the bias gradients' partial sums. Then grad_w_out = dy.T @ h, and the products of a linear layer; grad_x of
-two weights is a product and a second one whose epilogue adds the first. Sums have a fixed order.
+the bias gradients' partial sums. Then grad_w_out = dy.T @ h, on which b_out's gradient rides, and the
+products of a linear layer; grad_x of two weights is a product and a second one whose epilogue adds the first.
+Sums have a fixed order.
 
 CPU: feed_forward_cpu.py.
 """
@@ -36,8 +37,9 @@ from fusekit.kernels.gemm import matmul, sum_partials
 from fusekit.kernels.hidden_cpu import PACKED, parts, stores_hidden, z_scale
 from fusekit.kernels.launch import Plans, Repeated, kind_of, on_gpu
 from fusekit.kernels.library import define, is_last_backward, refuse_double_backward
-from fusekit.kernels.linear_act import _dact, _optional_rows, _rows, _shape, _use_tf32, share_rows
+from fusekit.kernels.linear_act import _optional_rows, _rows, _shape
 from fusekit.kernels.linear_cpu import mixes
+from fusekit.kernels.linear_gpu import share_rows, use_tf32, weight_gradients
 from fusekit.kernels.op import not_runnable
 
 
@@ -127,7 +129,7 @@ def _forward_triton(
     y: Tensor,
     saved: list[Tensor],
 ) -> None:
-    tf32 = _use_tf32(x, tf32)
+    tf32 = use_tf32(x, tf32)
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     if form == "plain":
         keeps = stores_hidden(act, form)
@@ -194,12 +196,9 @@ def _backward_triton(
     grad_b_out: Tensor | None,
 ) -> None:
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    tf32 = _use_tf32(grad, tf32)
-    if grad_b_out is not None:
-        sums = _dact(grad, None, "none", True)[1]
-        assert sums is not None
-        sum_partials(sums, grad_b_out)
-    if not saved:
+    tf32 = use_tf32(grad, tf32)
+    if not saved:  # b_out alone needs a gradient
+        weight_gradients(grad, None, None, grad_b_out, tf32)
         return
     inner = grad_x is not None or any(g is not None for g in (*grad_weights, *grad_biases))
     with_h = grad_w_out is not None and not stores_hidden(act, form)
@@ -222,8 +221,7 @@ def _backward_triton(
             for grad_bias, partial in zip(grad_biases, partials, strict=False):
                 if grad_bias is not None:
                     sum_partials(partial, grad_bias)
-    if grad_w_out is not None:
-        matmul(grad.t(), saved[0] if h is None else h, grad_w_out, tf32=tf32)
+    weight_gradients(grad, saved[0] if h is None else h, grad_w_out, grad_b_out, tf32)
     h = None
     for i, (dz, weight, grad_weight) in enumerate(zip(dzs, weights, grad_weights, strict=False)):
         if grad_x is not None:

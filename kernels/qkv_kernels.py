@@ -27,7 +27,7 @@ def _store(
 ):  # fmt: skip
     _finish_in_parts(
         accumulator, rows, column, 0, M, N, output_ptr, bias_ptr, None, None, None, None, None, 0, 0.0,
-        stride_om, 1, 0, 0, none_forward, None, BLOCK_M, BLOCK_N, PARTS,
+        stride_om, 1, 0, 0, none_forward, None, 1.0, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
 
 
