@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusekit.auto_precision import AutoPrecision
-from fusekit.kernels.precision_statistics import PRODUCTS
+from fusekit.kernels.precision_statistics import PRODUCTS, STATISTICS, WORST
 from fusekit.passes.cost import emulates_fp8
 from fusekit.passes.region import Levels
 from fusekit.passes.sampling import Key, Samples
@@ -111,7 +111,7 @@ class PrecisionController:
     @property
     def plan(self) -> PrecisionPlan:
         """The levels as they are now; the controller goes on without changing it."""
-        self._conclude()
+        self._conclude_alone()
         found = PrecisionPlan(
             model=self._model, layers=self._layers, fine=self.fine, steps=self.steps, guarded=self._guarded
         )
@@ -159,19 +159,24 @@ class PrecisionController:
         if samples is None or not samples.open:
             return
         samples.open = False
-        for place in _places(session):
-            if place.recorder == samples.recorder:
-                place.recorder = None
+        if not samples.repeats:
+            _release(session)
         self._meet_layers()
         self._sampled_at = self._step
-        if not samples.found:
+        if not (samples.found or self._joins_ranks):
             self._samples = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint; call it between steps."""
-        self._conclude()
+        """Plain values, for a checkpoint; call it between steps.
+
+        One rank may call it alone. Samples that the ranks have yet to join are taken anew after a resume;
+        where every rank calls `step` there are none.
+        """
+        self._conclude_alone()
+        pending = self._samples is not None
+        sampled_at = -max(self.config.every, self.config.calibration) if pending else self._sampled_at
         return {
-            "plan": self.plan.to_dict(), "step": self._step, "sampled_at": self._sampled_at,
+            "plan": self.plan.to_dict(), "step": self._step, "sampled_at": sampled_at,
             "ended": self._watch.updated, "calibrating": self._calibrating, "planned": self._planned,
             "guard": self._guard.state.tolist(), "guard_fed": self._guard.fed,
             "alarms": self._alarms,
@@ -197,6 +202,7 @@ class PrecisionController:
         self._alarms, self._guarded_until = state["alarms"], state["guarded_until"]
         self.changes = [dict(change) for change in state["changes"]]
         self._samples = None
+        _release(self._session)  # a call that raised left its recorder behind
         self._apply()
 
     def _apply(self) -> None:
@@ -248,16 +254,13 @@ class PrecisionController:
         session = self._session
         for captured in session.regions:
             for name, shape in captured.region.layers.items():
-                if name not in self._layers:
-                    self._layers[name] = layer = Layer(shape)
-                    if self._planned:
-                        for unit in layer.units.values():
-                            unit.level, unit.reason = BF16, "not in the plan"
+                self._meet(name, shape)
         order = {name: i for i, name in enumerate(session.settings.modules.values())}
         self._layers = dict(sorted(self._layers.items(), key=lambda item: order.get(item[0], len(order))))
 
     def _next_step(self) -> None:
         self._conclude()
+        _release(self._session)
         self._watch.updated = False
         self._step += 1
         if self._calibrating and self._step >= self.config.calibration:
@@ -276,7 +279,8 @@ class PrecisionController:
                     unit.level, unit.reason = BF16, "not sampled in the calibration"
 
     def _read_guard(self) -> None:
-        alarms = self._guard.alarms(across_ranks=self._joins_ranks)
+        device = next(self._session.model.parameters()).device if self._joins_ranks else None
+        alarms = self._guard.alarms(joined_on=device)
         if alarms > self._alarms and self.live:
             self._guarded_until = self._step + GUARDED_STEPS
             self._note("", "", "", "bf16", "a burst of the loss or the gradient's norm: weight gradients "
@@ -288,13 +292,44 @@ class PrecisionController:
         if self._samples is None or self._samples.open or not self._watch.updated:
             return
         found, self._samples = self._samples.found, None
+        if self._joins_ranks:
+            found = self._joined(found)
+        if not found:
+            return
         keys = sorted(found)
         stacked = torch.stack([found[key] for key in keys])
-        if self._joins_ranks:
-            dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
         runs = {(name, p): layer.runs(p) for name, layer in self._layers.items() for p in PRODUCTS}
         for key, vectors in zip(keys, stacked.tolist(), strict=True):
             self._judge(key, vectors, runs[key])
+
+    def _conclude_alone(self) -> None:
+        """For callers that may be one rank of many: what all have to join waits for their next step."""
+        if not self._joins_ranks:
+            self._conclude()
+
+    def _joined(self, found: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        """The worst of all ranks, which may have run different layers, as layer dropout does."""
+        ranks: list[dict[Key, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(ranks, {key: self._layers[key[0]].shape for key in found})
+        shapes = {key: shape for of_rank in ranks for key, shape in of_rank.items()}
+        if not shapes:
+            return {}
+        for (name, _), shape in shapes.items():
+            self._meet(name, shape)
+        device = next(self._session.model.parameters()).device
+        nothing = torch.full((2, len(STATISTICS)), -WORST, device=device)
+        keys = sorted(shapes)
+        stacked = torch.stack([found.get(key, nothing) for key in keys])
+        dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
+        return dict(zip(keys, stacked, strict=True))
+
+    def _meet(self, name: str, shape: tuple[int, int]) -> None:
+        if name in self._layers:
+            return
+        self._layers[name] = layer = Layer(shape)
+        if self._planned:
+            for unit in layer.units.values():
+                unit.level, unit.reason = BF16, "not in the plan"
 
     def _judge(self, key: Key, vectors: list[list[float]], runs: int) -> None:
         name, product = key
@@ -326,3 +361,10 @@ def _lacks_fp8(model: nn.Module) -> bool:
 def _places(session: Session) -> list[Capture | CapturedRegion]:
     """What has a recorder: the regions, and the capture for those to come."""
     return [session.capture, *session.regions]
+
+
+def _release(session: Session) -> None:
+    """Take the recorders of samples off again, also one that an exception left behind."""
+    for place in _places(session):
+        if isinstance(getattr(place.recorder, "__self__", None), Samples):
+            place.recorder = None

@@ -38,12 +38,16 @@ class Guard:
             if value is not None:
                 _add(row, torch.as_tensor(value, dtype=torch.float64, device=row.device).detach().reshape(()))
 
-    def alarms(self, across_ranks: bool = False) -> int:
-        """So far, of all ranks. Waits for the device, where there is something to wait for."""
+    def alarms(self, joined_on: torch.device | None = None) -> int:
+        """So far. Waits for the device, where there is something to wait for.
+
+        joined_on: the device of all ranks' sum, which the backend has to support; None: of this one alone.
+        """
         if not self.fed:
             return 0
         found = self.state[:, _ALARMS].sum()
-        if across_ranks:  # their losses differ, and their precision must not
+        if joined_on is not None:  # their losses differ, and their precision must not
+            found = found.to(joined_on)
             dist.all_reduce(found)
         return int(found.item())
 

@@ -57,7 +57,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     given = (*qkv(1, 2, 2, 80, 90, 32), None, False, *far[2:], 40, 10, None, None, None, None)
     yield Sample(name="documents in no order", args=(*given, scattered[0, :80].int(), scattered[1:]))
     for D in (96, 80):
-        yield Sample(name=f"{D} features", args=(*qkv(1, 2, 1, 65, 65, D), None, True))
+        yield Sample(name=f"{D} features", args=(*qkv(1, 2, 2, 65, 65, D), None, True))
     yield Sample(name="empty batch", args=qkv(0, 2, 2, 5, 5, 16))
     yield Sample(name="GPT, T=256", args=(*qkv(8, 6, 6, 256, 256, 64), None, True), bench=True)
     yield Sample(name="Llama 1, T=1024", args=(*qkv(1, 8, 8, 1024, 1024, 128), None, True), bench=True)

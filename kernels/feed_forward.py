@@ -36,7 +36,7 @@ from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul, sum_partials
 from fusekit.kernels.hidden_cpu import PACKED, parts, stores_hidden, z_scale
 from fusekit.kernels.launch import Plans, Repeated, kind_of, on_gpu
-from fusekit.kernels.library import define, is_last_backward, refuse_double_backward
+from fusekit.kernels.library import define, is_last_backward, refuse_double_backward, saves_through_hooks
 from fusekit.kernels.linear_act import _optional_rows, _rows, _shape
 from fusekit.kernels.linear_cpu import mixes
 from fusekit.kernels.linear_gpu import share_rows, use_tf32, weight_gradients
@@ -391,6 +391,7 @@ class _FeedForward(torch.autograd.Function):
         )
         ctx.save_for_backward(x if any(ctx.needs[1 : 1 + n]) else None, *weights, *saved)
         ctx.weights = len(weights)
+        ctx.owns_saved = not saves_through_hooks()
         return y
 
     @staticmethod
@@ -400,7 +401,9 @@ class _FeedForward(torch.autograd.Function):
         weights, w_out, saved = rest[: ctx.weights - 1], rest[ctx.weights - 1], rest[ctx.weights :]
         grads: list[Tensor | None] = [None] * len(ctx.needs)
         if any(ctx.needs):
-            last = not on_gpu(grad_output) and is_last_backward(grad_output)
+            last = not on_gpu(grad_output) and ctx.owns_saved and is_last_backward(grad_output)
+            if last:  # a retry after an error half way finds overwritten tensors: autograd then refuses it
+                torch.autograd.graph.increment_version(saved)
             computed = (backward_over_saved_op if last else backward_op)(
                 grad_output, x, weights, w_out, saved, ctx.act, ctx.form, ctx.tf32, ctx.needs
             )

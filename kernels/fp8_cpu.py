@@ -81,6 +81,7 @@ def through_fp8(
         power_of_two, scale: as of fp8_format.quantise.
     """
     if x.stride(1) != 1 and x.stride(0) == 1:
+        scale = None if scale is None else scale.t()  # one a group, or a single one
         turned, amax = through_fp8(x.t(), code, (group[1], group[0]), dtype, power_of_two, scale)
         return turned.t(), amax.t()
     x = x.contiguous()

@@ -115,3 +115,9 @@ def is_last_backward(grad: Tensor) -> bool:
     """
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and type(grad) is Tensor and not torch.compiler.is_compiling() and not keeps()
+
+
+def saves_through_hooks() -> bool:
+    """Whether somebody packs what is saved now, and may keep it: a checkpoint, an offloader, a recorder."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None

@@ -7,6 +7,7 @@ Returning Dynamo's own graph would differ: its activation checkpoints do not rep
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -142,13 +143,14 @@ class Capture:
             reason = _unsupported(example_inputs)
             if reason:
                 raise NotCapturable(reason)
-            captured = CapturedRegion(
-                canonicalise(module, example_inputs),
-                self.settings,
-                self.config,
-                index=len(self.regions),
-                training=torch.is_grad_enabled() and any(_requires_grad(value) for value in example_inputs),
-            )
+            with _unseen_by_hooks():
+                captured = CapturedRegion(
+                    canonicalise(module, example_inputs),
+                    self.settings,
+                    self.config,
+                    index=len(self.regions),
+                    training=torch.is_grad_enabled() and any(map(_requires_grad, example_inputs)),
+                )
         except InvariantError:
             raise  # somebody is looking for a bug of ours: do not hide it behind eager
         except Exception as error:
@@ -182,6 +184,17 @@ def _unsupported(example_inputs: Sequence[Any]) -> str | None:
         if isinstance(value, Tensor) and _compat.is_traceable_wrapper_subclass(value):
             return f"an input is a {type(value).__name__}, a tensor subclass for which fused ops have no rule"
     return None
+
+
+def _unseen_by_hooks() -> contextlib.AbstractContextManager[Any]:
+    """A checkpoint around the model counts what is saved, and tracing is no part of its forward pass."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _requires_grad(value: Any) -> bool:

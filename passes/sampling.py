@@ -45,6 +45,7 @@ class Samples:
     offset: int
     open: bool = True
     found: dict[Key, Tensor] = field(default_factory=dict)
+    repeats: bool = False  # a checkpoint around the graph runs it again, and wants the same tensors saved
 
     def add(self, layer: str, product: str, vectors: Sequence[Tensor]) -> None:
         """The worst of all calls counts."""
@@ -53,6 +54,8 @@ class Samples:
         self.found[layer, product] = new if old is None else torch.maximum(old, new)
 
     def recorder(self, module: fx.GraphModule) -> fx.Interpreter:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self.repeats = self.repeats or hooks is not None
         return _Sampler(module, self)
 
 

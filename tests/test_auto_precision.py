@@ -658,7 +658,7 @@ for step in range(3):
 guard = Guard()
 for value in [1.0] * 30 + [9.0 if rank else 1.0] * 3:
     guard.add((value, None))
-print(levels(model), guard.alarms(across_ranks=True))
+print(levels(model), guard.alarms(joined_on=torch.device("cpu")))
 dist.destroy_process_group()
 """
 
@@ -677,3 +677,83 @@ def test_ranks_decide_together_on_the_worst_of_them(tmp_path: Path) -> None:
     assert all(rank.returncode == 0 for rank in ranks), outputs
     assert outputs[0][0] == outputs[1][0] and f"'{PLANTED}': (1, " in outputs[0][0]
     assert outputs[0][0].strip().endswith("} 1")  # an alarm of one is one of all
+
+
+BRANCHES = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+import fusekit
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x, branch):
+        inner = self.a(x) if branch == 0 else self.b(x) if branch == 1 else self.b(self.a(x))
+        return self.c(x + inner.sin())
+
+torch.manual_seed(0)
+model = Branches()
+automatic = fusekit.AutoPrecision(mode="adaptive", every=2, calibration=2, emulate=True)
+fusekit.optimize(model, precision=automatic)
+controller = fusekit.auto_precision(model)
+parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+optimizer = torch.optim.SGD(model.parameters(), 0.0)
+for step in range(8):
+    parallel(torch.randn(16, 32), rank * (1 + (step >= 4))).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if rank == 0:  # as a rank does that alone saves and prints
+        controller.plan, controller.state_dict(), str(fusekit.explain(model))
+parallel(torch.randn(16, 32), 0)
+for name, layer in controller._layers.items():
+    print(name, [(unit.level, unit.samples) for unit in layer.units.values()])
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_that_run_other_layers_agree_and_one_may_look_alone(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", BRANCHES, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), outputs
+    assert outputs[0][0] == outputs[1][0] and [line[0] for line in outputs[0][0].splitlines()] == list(
+        "ab"
+    )  # c is the head
+
+
+def test_a_sampled_call_that_raises_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusekit.kernels import precision_statistics
+
+    model = fusekit.optimize(gpt(), precision=AutoPrecision(mode="adaptive", every=2, calibration=2))
+    controller = fusekit.auto_precision(model)
+
+    def step(number: int) -> None:
+        model(tokens(number), tokens(number))[1].backward()
+        controller.step()
+
+    for number in range(4):
+        step(number)
+    state = controller.state_dict()
+
+    def no_memory(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("simulated")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(precision_statistics, "sample", no_memory)
+        for number in range(4, 8):
+            step(number)
+    controller.load_state_dict(state)
+    assert all(place.recorder is None for place in session(model).regions)
+    before = controller.state_dict()["sampled_at"]
+    for number in range(8, 14):
+        step(number)
+    assert controller.state_dict()["sampled_at"] > before

@@ -323,3 +323,24 @@ def test_recorder_sees_real_values_and_their_gradients() -> None:
     output.sum().backward()
     assert torch.equal(output, want)
     assert seen["gelu"].grad is not None and seen["gelu"].shape == (2, 5, 64)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_optimised_model(reentrant):
+    """Tracing on the first call saves tensors that are no part of the checkpointed forward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 64), torch.nn.GELU())
+    eager = copy.deepcopy(model)
+    fusekit.optimize(model)
+    for _ in range(2):
+        x = torch.randn(16, 32, requires_grad=True)
+        grads = []
+        for called in (model, eager):
+            x.grad = None
+            called.zero_grad()
+            checkpoint(called, x, use_reentrant=reentrant).square().sum().backward()
+            grads.append([x.grad, *(p.grad for p in called.parameters())])
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert fusekit.explain(model).graphs == (2 if reentrant else 1)  # without gradients first

@@ -373,3 +373,14 @@ def test_scales_resume_from_a_checkpoint() -> None:
 def test_bad_histories_are_refused(options, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         DelayedScales([DELAYED], **options)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-tensorwise", "fp8-rowwise", "fp8-block", "mxfp8"])
+def test_one_row(recipe):
+    """A single token: the gradient of the weight contracts over one row, a column that is also a row."""
+    x, weight = torch.randn(1, 32), torch.randn(48, 32)
+    args = (x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_())
+    y = torch.ops.fusekit.linear_fp8(*args, None, "none", recipe)
+    y.sum().backward()
+    exact = torch.ones(48, 1) @ x.bfloat16().float()
+    assert ((args[1].grad.float() - exact).norm() / exact.norm()) < 0.05

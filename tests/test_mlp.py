@@ -288,3 +288,34 @@ def test_a_compiled_backward_pass_keeps_what_was_saved():
     args = mlp_arguments("gelu", torch.bfloat16)
     compiled = torch.compile(lambda *a: MLP.fused(*a), backend="aot_eager")
     assert backward_ops(lambda: compiled(*args).sum().backward()) <= {"fusekit::feed_forward_backward"}
+
+
+def test_a_backward_pass_that_was_interrupted_is_not_tried_again_on_overwritten_tensors(monkeypatch):
+    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(feed_forward_whole, "multiplies", lambda dtype: True)
+    *args, act = mlp_arguments("gelu", torch.bfloat16)
+    y = MLP.fused(*args, act)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    y.grad_fn.register_hook(interrupt)  # behind the op, before what it saved is freed
+    with pytest.raises(KeyboardInterrupt):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|second time"):
+        y.sum().backward()
+
+
+def test_hooks_that_keep_what_is_saved_find_it_as_it_was():
+    *args, act = mlp_arguments("gelu", torch.bfloat16)
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, kept.__getitem__):
+        y = MLP.fused(*args, act)
+    before = [t.clone() for t in kept]
+    y.sum().backward()
+    assert before and all(map(torch.equal, before, kept))
