@@ -1,4 +1,4 @@
-"""Parameters sharded over two processes (FSDP2): gathered and freed around every block, and never read stale."""
+"""Parameters sharded over two processes (FSDP2): gathered and freed around every block, never read stale."""
 
 import json
 import subprocess
