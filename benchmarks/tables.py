@@ -93,8 +93,8 @@ def _models(found: dict[str, Any]) -> str:
     title = (
         f"Training step: forward, backward, clipping, fused AdamW. {machine.get('cpu')} "
         f"({machine.get('cpu_capability')}), one thread, process time, medians of contenders in turn "
-        f"(torch {machine.get('torch')}, commit {machine.get('commit')}). Loss: largest relative difference "
-        "from eager float32 over the same steps; sites: what fusekit fused:\n\n"
+        f"(torch {machine.get('torch')}, commit {machine.get('commit')}). Loss: largest difference from "
+        "eager float32 over the same steps, as a share of its first loss; sites: what fusekit fused:\n\n"
     )
     headings = ("model", "", "ms/step", "speed", "per second", "MFU", "peak MB", "start s", "loss", "sites")
     names = ", ".join(found["left_out"])

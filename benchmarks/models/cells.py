@@ -77,7 +77,8 @@ def _judged(
     if reference is None:
         return {"loss_error": None}
     pairs = list(zip(losses, reference, strict=False))
-    errors = [abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in pairs]
+    scale = abs(reference[0]) or 1.0
+    errors = [abs(a - b) / scale if math.isfinite(a) else math.inf for a, b in pairs]
     for step, (ours, theirs) in enumerate(pairs):
         if _agrees(losses, reference, step, precision):
             continue

@@ -16,8 +16,8 @@ READING = (
     "of its own. MFU: the eager model's FLOPs (attention counted whole) over the step time, as a share of "
     "the measured product rate of the provider's dtype or of float32, whichever is faster. Start: until "
     "the first step is done, less a step, with empty caches; warm: with the compiled code of the first "
-    "process. Loss: the largest relative difference from eager float32 over the same steps. Sites: what "
-    "fusekit fused."
+    "process. Loss: the largest difference from eager float32 over the same steps, as a share of its "
+    "first loss. Sites: what fusekit fused."
 )
 NO_PLOTS = "<p>No plots: install matplotlib, or nothing was timed.</p>"
 
