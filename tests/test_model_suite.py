@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 
 import pytest
@@ -336,3 +337,12 @@ def test_older_and_foreign_files_are_refused(tmp_path, capsys):
     write_results(partial, {"kind": "models", "schema": 0, "environment": {}})
     with pytest.raises(ValueError, match="has schema 0"):
         run(tmp_path / "r.json")
+
+
+def test_emulated_fp8_is_measured_against_what_multiplies_it(monkeypatch):
+    rates = {"float32": 1e11, "bfloat16": 5e11}
+    monkeypatch.setattr(
+        sys.modules[__name__], "CEILINGS", Ceilings(bytes_per_second=1e10, flops_per_second=rates)
+    )
+    assert judged(LOSSES, "fusekit fp8")["ceiling"] == "bfloat16"
+    assert judged(LOSSES, "fusekit float32")["ceiling"] == "float32"
