@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.clock import CpuClock
 from benchmarks.kernels import cases as op_suite
+from benchmarks.report.style import MARKERS
 from fusekit.kernels import OPS
 from fusekit.kernels.parity import results_and_grads
 
@@ -44,3 +45,7 @@ def test_copies_keep_strides_and_gradients_in_other_memory():
     first, second = (args[0] for args in op_suite.copies((x, None, 3))[:2])
     assert second.stride() == first.stride() and second.requires_grad
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+
+
+def test_every_op_has_a_shape_of_its_own_in_the_roofline():
+    assert len(set(MARKERS)) == len(MARKERS) >= len(op_suite.MEASURED)

@@ -36,7 +36,7 @@ COLOURS = {
     "torchao": "#3a3f9e",
 }
 NAMES = {"compile": "torch.compile", "compile-max": "torch.compile max-autotune", "liger": "Liger"}
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p", "d", "8", "H")
 _OTHER = ("#5a6b00", "#a0522d", "#5f9ea0", "#708090")
 
 
