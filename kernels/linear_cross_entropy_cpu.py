@@ -84,22 +84,24 @@ def _forward_compiled(
     for start in range(0, M, rows):
         here = slice(start, min(start + rows, M))
         h, dz = linear_cpu.adjacent(x[here]), None if buffer is None else buffer[: here.stop - start]
+        rest = x.new_empty(len(h), dtype=torch.float32)
         cpu_library.call(
             "linear_softmax", h, h.stride(0), weight, weight.stride(0), bias, targets[here], counts[here],
-            smoothing, share, losses[here], dz, len(h), V, K,
+            smoothing, share, losses[here], dz, rest, len(h), V, K,
         )  # fmt: skip
         if dz is None:
             continue
-        # dz is without the -1 of the target, whose rows are taken off in float32
-        hit, off = targets[here], counts[here].to(torch.float32) * (share * (smoothing - 1.0))
+        # What the target's element of dz lost in rounding: beside its -1, p has few bits left. Taking off the
+        # -1 in float32 instead would leave a rounded product that it cancels, once p is what the data are.
+        hit = targets[here]
         if grad_x is not None:
             _product(dz, weight, grad_x[here], first=True)
-            grad_x[here].addcmul_(weight[hit].float(), off[:, None])
+            grad_x[here].addcmul_(weight[hit].float(), rest[:, None])
         if grad_weight is not None:
             _product(dz.t(), h, grad_weight, first=start == 0)
-            grad_weight.index_add_(0, hit, h.float() * off[:, None])
+            grad_weight.index_add_(0, hit, h.float() * rest[:, None])
         if grad_bias is not None:
-            total = linear_cpu.column_sums(dz).index_add_(0, hit, off)
+            total = linear_cpu.column_sums(dz).index_add_(0, hit, rest)
             grad_bias.add_(total) if start else grad_bias.copy_(total)
 
 

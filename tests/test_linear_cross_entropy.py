@@ -15,7 +15,7 @@ import fusekit
 from fusekit.kernels import linear_cpu, linear_cross_entropy_cpu
 from fusekit.kernels.linear_cross_entropy import OP
 from fusekit.kernels.op import DTYPES
-from fusekit.kernels.parity import results_and_grads
+from fusekit.kernels.parity import results_and_grads, widen
 
 V, K = 40, 12
 
@@ -297,3 +297,22 @@ def test_verify_certifies_the_site(precision: str) -> None:
     certificate = fusekit.verify(model, x, targets)
     (site,) = (s for s in certificate.sites if s.op == "linear_cross_entropy")
     assert site.ok, str(certificate)
+
+
+def test_gradients_of_a_head_that_knows_how_frequent_its_classes_are():
+    """p sums up to what the targets are: a class's gradient is a small difference of large sums."""
+    generator = torch.Generator().manual_seed(0)
+    M, V, K = 1024, 64, 48
+    frequencies = torch.linspace(1, 8, V).square()
+    targets = torch.multinomial(frequencies, M, replacement=True, generator=generator)
+    seen = torch.bincount(targets, minlength=V) / M
+    direction = torch.ones(K)
+    x = direction + 0.05 * torch.randn(M, K, generator=generator)
+    weight = (seen + 1e-3).log()[:, None] * direction / K
+    args = (x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_(), None, targets)
+    truth = results_and_grads(OP.reference, widen(args))
+    eager = results_and_grads(lambda x, w, b, t: F.cross_entropy(F.linear(x, w).float(), t), args)
+    fused = results_and_grads(OP.fused, args)
+    for name in ("grad_0", "grad_1"):
+        ours, theirs = ((r[name].double() - truth[name]).norm() for r in (fused, eager))
+        assert ours <= 1.1 * theirs, (name, (ours / theirs).item())

@@ -73,9 +73,9 @@ extern "C" void linear_forward(const bf16* x, int64_t x_stride, const bf16* w, i
 }
 
 // Softmax and cross entropy of a row of float32 logits with their bias added: its loss, and in dz the gradient of
-// `share` times the loss without the target's -(1 - smoothing): beside that one, p would be rounded away.
+// `share` times the loss. The target's, p - (1 - smoothing), has its p rounded away: `rest` is what it lost.
 static void soften(const float* z, int64_t classes, int64_t target, float smoothing, float share, float* loss,
-                   bf16* dz) {
+                   bf16* dz, float* rest) {
     // A NaN is not larger than anything; it comes back through the sums, in the loss and in every gradient.
     Lane tops = all(-INFINITY), exps = all(0.f), plains = all(0.f);
     int64_t whole = classes / LANES * LANES, left = classes - whole;
@@ -91,15 +91,19 @@ static void soften(const float* z, int64_t classes, int64_t target, float smooth
     // Without smoothing the sum of logits must not count: 0 * inf is NaN where a class is ruled out by -inf.
     *loss = std::log(total) + top - (1.f - smoothing) * z[target] - (smoothing > 0.f ? spread * sum(plains) : 0.f);
     if (!dz) return;
-    Lane inverse = all(share / total), rest = all(-share * spread);
+    Lane inverse = all(share / total), shift = all(-share * spread);
     for (int64_t j = 0; j < classes; j += LANES)
-        store(dz + j, fused(exponential(load(z + j, classes - j) - all(top)), inverse, rest), classes - j);
+        store(dz + j, fused(exponential(load(z + j, classes - j) - all(top)), inverse, shift), classes - j);
+    float exact = share * (std::exp(z[target] - top) / total - spread - (1.f - smoothing));
+    dz[target] = narrow(exact);
+    *rest = exact - widen(dz[target]);
 }
 
-// Losses of x W^T + bias, and, where dz is not null, dz (rows, classes). A row that does not count gets zeros.
+// Losses of x W^T + bias, and, where dz is not null, dz (rows, classes) and rests. A row that does not count gets
+// zeros.
 extern "C" void linear_softmax(const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, const float* bias,
                                const int64_t* targets, const uint8_t* counts, float smoothing, float share,
-                               float* losses, bf16* dz, int64_t rows, int64_t classes, int64_t inputs, int threads) {
+                               float* losses, bf16* dz, float* rests, int64_t rows, int64_t classes, int64_t inputs, int threads) {
     int64_t pairs = inputs / 2, count = (classes + BLOCK - 1) / BLOCK, width = count * BLOCK;
     Words words = packed(w, w_stride, classes, pairs, threads);
 #pragma omp parallel for num_threads(threads)
@@ -114,10 +118,10 @@ extern "C" void linear_softmax(const bf16* x, int64_t x_stride, const bf16* w, i
             if (counts[m]) {
                 for (int64_t j = 0; bias && j < classes; j += LANES)
                     store(z.get() + r * width + j, load(z.get() + r * width + j, LANES) + load(bias + j, classes - j), LANES);
-                soften(z.get() + r * width, classes, targets[m], smoothing, share, losses + m, row);
+                soften(z.get() + r * width, classes, targets[m], smoothing, share, losses + m, row, rests + m);
             } else {
                 losses[m] = 0.f;
-                if (row) std::memset(row, 0, classes * sizeof(bf16));
+                if (row) std::memset(row, 0, classes * sizeof(bf16)), rests[m] = 0.f;
             }
         }
     }
