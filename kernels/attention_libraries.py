@@ -108,8 +108,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
     run = aten._scaled_dot_product_flash_attention.default
-    padding = -q.shape[-1] % 8
-    assert padding == 0, "unfit() says so: torch pads what is no multiple of 8 above this operator"
+    assert q.shape[-1] % 8 == 0, "unfit() says so: torch pads what is no multiple of 8 above this operator"
     out, lse, *_ = run(q, k, v, 0.0, form.causal, scale=form.scale)
     return out, lse[..., : q.shape[-2]]
 

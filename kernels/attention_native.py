@@ -107,8 +107,9 @@ def path(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
     """Who runs a call on a CPU, in words."""
     if form.is_banded:
         return "blocks: window" if form.window is not None else "blocks: causal with an offset"
-    if form.softcap is not None or form.sinks is not None:
-        return "blocks: capped scores" if form.softcap is not None else "blocks: sinks"
+    if not form.is_plain:
+        given = {"capped scores": form.softcap, "sinks": form.sinks, "ALiBi": form.slopes}
+        return f"blocks: {next((name for name, x in given.items() if x is not None), 'documents')}"
     if attention_cpu.takes(q, k, v, form.mask, form.dropout):
         return "C++ pass"
     if not _flash_fits(q, k, v, form.dropout):

@@ -376,4 +376,9 @@ def test_a_cpus_paths_are_named():
     assert described(q, k, v, form(q, k, v, causal=True, window=4)) == "CPU blocks: window"
     assert described(q, k, v, form(q, k, v, causal=True, offset=4)) == "CPU blocks: causal with an offset"
     assert described(q, k, v, form(q, k, v, softcap=4.0)) == "CPU blocks: capped scores"
+    assert described(q, k, v, form(q, k, v, slopes=torch.ones(q.shape[1]))) == "CPU blocks: ALiBi"
+    documents = torch.zeros(1, q.shape[2], dtype=torch.int64)
+    key_documents = torch.zeros(1, k.shape[2], dtype=torch.int64)
+    packed = form(q, k, v, documents=documents, key_documents=key_documents)
+    assert described(q, k, v, packed) == "CPU blocks: documents"
     assert described(q, k, v, form(q, k, v, dropout=0.1, seed=SEED)) == "CPU matmuls: dropout"
