@@ -80,10 +80,6 @@ class Form(NamedTuple):
         """Whether there is more to the band than keys up to the query's own index, or nothing."""
         return self.window is not None or (self.causal and self.offset != 0)
 
-    @property
-    def has_bias_gradient(self) -> bool:
-        return self.mask is not None and self.mask.requires_grad
-
 
 def band(causal: bool, window: int | None, offset: int) -> tuple[int, int]:
     low = -UNBOUNDED if window is None else offset - window + 1
@@ -124,7 +120,3 @@ def pairs(causal: bool, window: int | None, offset: int, Tq: int, Tk: int) -> in
     else:
         count = Tq * Tk
     return count if window is None else min(count, Tq * window)
-
-
-def tanh_capped(scores: Tensor, softcap: float) -> Tensor:
-    return torch.tanh(scores / softcap) * softcap

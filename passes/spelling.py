@@ -84,11 +84,6 @@ def filled(node: fx.Node) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def is_last_transpose(node: fx.Node) -> bool:
-    """Whether a node swaps the last two dimensions, however it is written."""
-    return spell(node).name == "transpose_last"
-
-
 def _rank(value: Any) -> int:
     tensor = value_of(value)
     return tensor.dim() if isinstance(tensor, Tensor) else -1

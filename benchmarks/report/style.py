@@ -12,7 +12,6 @@ from typing import Any
 
 from fusekit.plots import GRID, INK, _finish, _pyplot
 
-FAINT = "#8a929c"
 COLOURS = {
     "eager": "#8a929c",
     "eager float32": "#8a929c",
