@@ -23,6 +23,7 @@ CPU: feed_forward_cpu.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -305,35 +306,7 @@ def _backward(
     form: str,
     tf32: bool,
     needs: list[bool],
-) -> list[Tensor]:
-    return _differentiate(grad_output, x, weights, w_out, saved, act, form, tf32, needs, False)
-
-
-def _backward_over_saved(
-    grad_output: Tensor,
-    x: Tensor | None,
-    weights: list[Tensor],
-    w_out: Tensor,
-    saved: list[Tensor],
-    act: str,
-    form: str,
-    tf32: bool,
-    needs: list[bool],
-) -> list[Tensor]:
-    return _differentiate(grad_output, x, weights, w_out, saved, act, form, tf32, needs, True)
-
-
-def _differentiate(
-    grad_output: Tensor,
-    x: Tensor | None,
-    weights: list[Tensor],
-    w_out: Tensor,
-    saved: list[Tensor],
-    act: str,
-    form: str,
-    tf32: bool,
-    needs: list[bool],
-    over_saved: bool,
+    over_saved: bool = False,
 ) -> list[Tensor]:
     grads = _empty_backward(grad_output, x, weights, w_out, saved, act, form, tf32, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
@@ -363,7 +336,7 @@ backward_op = define(
 backward_over_saved_op = define(
     "feed_forward_backward_over_saved(Tensor grad_output, Tensor? x, Tensor[] weights, Tensor w_out,"
     " Tensor(a!)[] saved, str act, str form, bool tf32, bool[] needs) -> Tensor[]",
-    _backward_over_saved,
+    functools.partial(_backward, over_saved=True),
     _empty_backward,
 )
 
