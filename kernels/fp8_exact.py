@@ -51,7 +51,7 @@ def _span(x: Tensor, dim: int) -> float:
 
 def _quantum(x: Tensor) -> float:
     """The value of the last significant bit of the element where that is least; inf where all are zero."""
-    # In the order of memory: to pick elements of a transposed tensor takes ten times as long.
+    # In the order of memory: elements of a transposed tensor are slow to pick.
     x = (x.t() if x.stride(0) == 1 else x).reshape(-1)
     # A pattern less one, without its sign, puts zeros last.
     patterns = (x.view(torch.int32) & 0x7FFFFFFF).sub_(1).bitwise_and_(0x7FFFFFFF)

@@ -36,8 +36,8 @@ def z_scale(dtype: torch.dtype, form: str) -> float:
     """What plain z is saved times.
 
     Near zero gelu(z) and silu(z) are z/2 and a little more, and z/2 of a 16-bit z needs no rounding: computed
-    again from z itself, h would always be rounded to that side, which biases w_out's gradient (by 2.4e-4 of
-    it, 25 standard errors, in a GPT at initialisation; eager's as well).
+    again from z itself, h would always be rounded to that side, which biases w_out's gradient, as it does
+    eager's.
     """
     return 2.0**-0.5 if form == "plain" and dtype != torch.float32 else 1.0
 

@@ -111,7 +111,7 @@ def adjacent(x: Tensor) -> Tensor:
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """x.sum(0) in float32; ATen's makes a float32 copy of a narrower x first, ten times as slow."""
+    """x.sum(0) in float32; ATen's makes a float32 copy of a narrower x first."""
     if x.dtype != torch.bfloat16 or not cpu_library.available():
         return x.sum(0, dtype=torch.float32)
     x = adjacent(x)
