@@ -27,6 +27,7 @@ from benchmarks.results_file import environment, write_results
 from fusekit.kernels import (
     config_table,
     feed_forward,
+    feed_forward_gpu,
     gated_gemm,
     gemm,
     launch,
@@ -38,7 +39,7 @@ from fusekit.kernels import (
 
 CALLS = 200
 ROUNDS = 15
-PLANS = (gemm._plans, gemm._sums, linear_gpu._dacts, feed_forward._hidden_passes, gated_gemm._plans,
+PLANS = (gemm._plans, gemm._sums, linear_gpu._dacts, feed_forward_gpu._hidden_passes, gated_gemm._plans,
          qkv_gemm._plans)  # fmt: skip
 M, K, N = 256, 512, 1024
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import feed_forward_whole
-from fusekit.kernels.hidden_cpu import activate, derive, stores_hidden
+from fusekit.kernels.hidden_cpu import activate, derive
+from fusekit.kernels.hidden_form import stores_hidden
 from fusekit.kernels.linear_cpu import _affine, _row_blocks
 
 

@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import linear_cpu
-from fusekit.kernels.hidden_cpu import (
-    activate,
-    activate_whole,
-    compiled,
-    derive,
-    derive_whole,
-    parts,
-    stores_hidden,
-    z_scale,
-)
+from fusekit.kernels.hidden_cpu import activate, activate_whole, compiled, derive, derive_whole
+from fusekit.kernels.hidden_form import parts, stores_hidden, z_scale
 from fusekit.kernels.linear_cpu import PASS_BYTES, _affine, _row_blocks, multiplies
 
 HIDDEN_BYTES = (

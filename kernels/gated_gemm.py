@@ -23,7 +23,7 @@ from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.config_table import Config
 from fusekit.kernels.gemm import GROUP
 from fusekit.kernels.gemm_kernels import _place
-from fusekit.kernels.hidden_cpu import parts
+from fusekit.kernels.hidden_form import parts
 from fusekit.kernels.launch import Plans, Repeated, kind_of
 
 

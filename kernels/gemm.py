@@ -86,7 +86,7 @@ def matmul(
         dact: the activation whose derivative at z makes this the backward form; then no bias, act, residual.
         h: (M, N) with output's strides; backward: where dropout(act(z)) is stored.
         grad_bias: (N,) contiguous; backward: where the column sums of output are stored.
-        z_scale: what is stored is z_scale z; see hidden_cpu.z_scale.
+        z_scale: what is stored is z_scale z; see hidden_form.z_scale.
         dropout: probability, of either form; element (i, j) is dropped by number i N + j of Philox.
         seed: one int64 element, needed where dropout is not 0.
         seed_offset: added to the seed.

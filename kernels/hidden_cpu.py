@@ -11,35 +11,10 @@ from torch import Tensor
 
 from fusekit.kernels import cpu_library
 from fusekit.kernels.activations import ACTIVATIONS
+from fusekit.kernels.hidden_form import parts, stores_hidden
 
-PACKED = ("gate_up", "up_gate")  # both in one weight, in this order
 COMPILED = cpu_library.ACTIVATIONS[:4]  # those whose derivative reads z
 SUMS = 64  # partial column sums, added up in this order whatever the threads
-
-
-def parts(z: list[Tensor], form: str) -> tuple[Tensor, Tensor | None]:
-    """What is activated, and what multiplies it, as views of the first products' results (..., H or 2 H)."""
-    if form == "plain":
-        return z[0], None
-    if form == "gated":
-        return z[0], z[1]
-    first, second = z[0].tensor_split(2, -1)
-    return (first, second) if form == "gate_up" else (second, first)
-
-
-def stores_hidden(act: str, form: str) -> bool:
-    """Whether h is what is saved: backward reads nothing else."""
-    return form == "plain" and (act == "none" or ACTIVATIONS[act].from_output)
-
-
-def z_scale(dtype: torch.dtype, form: str) -> float:
-    """What plain z is saved times.
-
-    Near zero gelu(z) and silu(z) are z/2 and a little more, and z/2 of a 16-bit z needs no rounding: computed
-    again from z itself, h would always be rounded to that side, which biases w_out's gradient, as it does
-    eager's.
-    """
-    return 2.0**-0.5 if form == "plain" and dtype != torch.float32 else 1.0
 
 
 def activate(z: list[Tensor], act: str, form: str, in_place: bool) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_checks import assert_parity
 
-from fusekit.kernels import OPS, attention_cpu, cpu_library, hidden_cpu, linear_cpu
+from fusekit.kernels import OPS, attention_cpu, cpu_library, hidden_cpu, hidden_form, linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.attention import reference
 from fusekit.kernels.parity import results_and_grads, widen
@@ -39,7 +39,7 @@ def rounded_once(result, truth):
 
 
 def hidden(act, z, form="plain"):
-    gate, _ = hidden_cpu.parts(z, form)
+    gate, _ = hidden_form.parts(z, form)
     h = torch.empty(gate.shape, dtype=BF16)
     hidden_cpu.activate_whole(z, act, form, h)
     return h
@@ -52,25 +52,25 @@ def test_hidden_features_and_their_gradients(act, form):
     torch.manual_seed(0)
     M, H = 37, 53  # a whole lane, and an end of one
     z = [
-        (torch.randn(M, 2 * H if form in hidden_cpu.PACKED else H) * 3).to(BF16)
+        (torch.randn(M, 2 * H if form in hidden_form.PACKED else H) * 3).to(BF16)
         for _ in range(1 + (form == "gated"))
     ]
     dh = torch.randn(M, H).to(BF16)
 
     def differentiate(scale=1.0):
         wide = [(t.double() / scale).requires_grad_() for t in z]
-        gate, up = hidden_cpu.parts(wide, form)
+        gate, up = hidden_form.parts(wide, form)
         h = ACTIVATIONS[act].reference(gate)
         h = h if up is None else h * up
         h.backward(dh.double())
         return h.detach(), [t.grad for t in wide]
 
     assert rounded_once(hidden(act, z, form), differentiate()[0])
-    truth, grads = differentiate(hidden_cpu.z_scale(BF16, form))
+    truth, grads = differentiate(hidden_form.z_scale(BF16, form))
     h, dzs = dh.clone(), [torch.empty_like(t) for t in z]
     sums = [torch.empty(t.shape[1]) for t in z]
-    each = [[t for t in hidden_cpu.parts(x, form) if t is not None] for x in (z, dzs, sums)]
-    hidden_cpu.derive_whole(each[0], h, act, 1.0 / hidden_cpu.z_scale(BF16, form), *each[1:])
+    each = [[t for t in hidden_form.parts(x, form) if t is not None] for x in (z, dzs, sums)]
+    hidden_cpu.derive_whole(each[0], h, act, 1.0 / hidden_form.z_scale(BF16, form), *each[1:])
     assert rounded_once(h, truth)
     for dz, total, exact in zip(dzs, sums, grads, strict=True):
         assert rounded_once(dz, exact)
