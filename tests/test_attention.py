@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import attention_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from attention_checks import assert_parity
 
 from fusekit.kernels import attention_cpu, attention_native, philox
 from fusekit.kernels.attention import OP
 from fusekit.kernels.op import DTYPES
-from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
+from fusekit.kernels.parity import deterministic, results_and_grads
 
 SEED = torch.tensor([7])
 
 
-def heads(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, H, T, D) in the memory of (B, T, H, D), as a model makes it."""
-    return torch.randn(B, T, H, D).to(dtype).transpose(1, 2).requires_grad_()
-
-
-def assert_parity(args: tuple, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    truth = results_and_grads(OP.reference, widen(args))
-    eager = results_and_grads(OP.reference, args)
-    fused = results_and_grads(OP.fused, args)
-    verdicts = check(fused, eager, truth, dtype=dtype, terms=longest_sum(args), inherent=True)
-    assert all(v.ok for v in verdicts), verdicts
-    return fused
+heads = functools.partial(attention_checks.heads, "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +31,7 @@ def _seeded():
 def test_samples_are_within_budget(dtype):
     for sample in OP.samples("cpu", dtype):
         if not sample.bench:
-            assert_parity(sample.args, dtype)
+            assert_parity(sample.args)
 
 
 def test_samples_are_bitwise_repeatable():
@@ -53,7 +44,7 @@ def test_samples_are_bitwise_repeatable():
 def test_low_precision_goes_through_float32_without_matrix_units(dtype, monkeypatch):
     monkeypatch.setattr(attention_native, "_compute_dtype", lambda dtype: torch.float32)
     q, k, v = heads(2, 80, 4, 24, dtype), heads(2, 80, 2, 24, dtype), heads(2, 80, 2, 24, dtype)
-    fused = assert_parity((q, k, v, None, True), dtype)
+    fused = assert_parity((q, k, v, None, True))
     assert all(result.dtype == dtype for result in fused.values())
 
 
@@ -84,7 +75,7 @@ def test_one_query_reads_shared_keys_once(mask, dtype, monkeypatch):
     monkeypatch.setattr(
         attention_cpu, "takes", lambda q, *args: queries.append(q.shape[2]) or takes(q, *args)
     )
-    fused = assert_parity((q, k, v, masks.get(mask)), dtype)
+    fused = assert_parity((q, k, v, masks.get(mask)))
     assert {*queries} == ({1} if mask == "of one head" else {3})
     assert fused["output"].stride() == q.stride() == fused["grad_0"].stride()
     assert all(fused[f"grad_{i}"].transpose(1, 2).is_contiguous() for i in (1, 2))

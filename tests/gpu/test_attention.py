@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
+import attention_checks
 import pytest
 import torch
-from torch import Tensor
+from attention_checks import assert_parity
 
 from fusekit.kernels import philox
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.attention import OP
-from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
+from fusekit.kernels.parity import deterministic, results_and_grads
 
-
-def heads(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, H, T, D) in the memory of (B, T, H, D), as a model makes it."""
-    return torch.randn(B, T, H, D).to("cuda", dtype).transpose(1, 2).requires_grad_()
-
-
-def assert_parity(args: tuple, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    truth = results_and_grads(OP.reference, widen(args))
-    eager = results_and_grads(OP.reference, args)
-    fused = results_and_grads(OP.fused, args)
-    verdicts = check(fused, eager, truth, dtype=dtype, terms=longest_sum(args), inherent=True)
-    assert all(v.ok for v in verdicts), verdicts
-    return fused
+heads = functools.partial(attention_checks.heads, "cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +25,7 @@ def _seeded():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_causal_grouped_lengths_beyond_a_block(dtype):
     q, k, v = heads(1, 70, 2, 40, dtype), heads(1, 90, 1, 40, dtype), heads(1, 90, 1, 40, dtype)
-    assert_parity((q, k, v, None, True), dtype)
+    assert_parity((q, k, v, None, True))
 
 
 def test_boolean_mask_over_batch_and_a_row_without_keys():
@@ -69,7 +60,7 @@ def test_heads_of_other_strides_and_a_wider_value():
     v = torch.randn(1, 2, 24, 34).to("cuda", torch.bfloat16).transpose(-1, -2)
     assert not (q.is_contiguous() or v.is_contiguous())
     args = tuple(x.requires_grad_() for x in (q.detach(), k.detach(), v))
-    fused = assert_parity((*args, None, True), torch.bfloat16)
+    fused = assert_parity((*args, None, True))
     assert fused["output"].transpose(1, 2).is_contiguous()
     assert all(fused[f"grad_{i}"].transpose(1, 2).is_contiguous() for i in range(3))
 
@@ -100,7 +91,7 @@ FAR = (None, True, None, 0.0, None, 0, False)  # mask to tf32, in front of windo
 )
 def test_bands_skip_blocks_and_keep_their_edges(causal, window, offset, dtype):
     q, k, v = heads(1, 140, 2, 32, dtype), heads(1, 150, 1, 32, dtype), heads(1, 150, 1, 32, dtype)
-    assert_parity((q, k, v, None, causal, *FAR[2:], window, offset), dtype)
+    assert_parity((q, k, v, None, causal, *FAR[2:], window, offset))
 
 
 def test_rows_before_the_first_key_and_after_a_window_are_zero():
@@ -120,7 +111,7 @@ def test_window_beside_padding():
 def test_capped_scores(dtype):
     q, k, v = heads(1, 50, 2, 32, dtype), heads(1, 50, 1, 32, dtype), heads(1, 50, 1, 32, dtype)
     for softcap in (0.5, 50.0):
-        assert_parity((q, k, v, *FAR, 30, 0, softcap), dtype)
+        assert_parity((q, k, v, *FAR, 30, 0, softcap))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -129,7 +120,7 @@ def test_sinks_and_their_gradient(dtype):
     sinks = torch.tensor([0.5, -2.0, 3.0, float("-inf")]).to("cuda", dtype).requires_grad_()
     mask = (torch.rand(2, 1, 50, 50) < 0.5).to("cuda")
     mask[:, :, 7] = False
-    assert_parity((q, k, v, mask, False, *FAR[2:], None, 0, None, sinks), dtype)
+    assert_parity((q, k, v, mask, False, *FAR[2:], None, 0, None, sinks))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 45, 60), (45, 60), (2, 1, 45, 1), (1,)])
@@ -143,13 +134,13 @@ def test_gradient_of_a_bias_that_is_repeated(shape):
 
 def test_heads_of_256_features():
     q, k, v = heads(1, 40, 1, 160, torch.bfloat16), *(heads(1, 40, 1, D, torch.bfloat16) for D in (160, 256))
-    assert_parity((q, k, v, *FAR, 20, 0, 3.0), torch.bfloat16)
+    assert_parity((q, k, v, *FAR, 20, 0, 3.0))
 
 
 def test_gradient_of_a_bias_with_dropout_in_low_precision():
     q, k, v = (heads(2, 40, 2, 16, torch.bfloat16) for _ in range(3))
     bias = torch.randn(2, 40, 40).to("cuda", torch.bfloat16).requires_grad_()
-    assert_parity((q, k, v, bias, False, None, 0.3, torch.tensor([5]).to("cuda"), 2), torch.bfloat16)
+    assert_parity((q, k, v, bias, False, None, 0.3, torch.tensor([5]).to("cuda"), 2))
 
 
 @triton.jit

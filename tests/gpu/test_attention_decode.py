@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
+import attention_checks
 import pytest
 import torch
-from torch import Tensor
+from attention_checks import assert_parity
 
 from fusekit.kernels import attention_decode
 from fusekit.kernels.attention import OP
 from fusekit.kernels.op import DTYPES
-from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
+from fusekit.kernels.parity import deterministic
 
 FAR = (None, True, None, 0.0, None, 0, False)  # mask to tf32, in front of window, offset, softcap and sinks
 
 
-def heads(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, H, T, D) in the memory of (B, T, H, D), as a model makes it."""
-    return torch.randn(B, T, H, D).to("cuda", dtype).transpose(1, 2).requires_grad_()
+heads = functools.partial(attention_checks.heads, "cuda")
 
 
 @pytest.fixture
@@ -33,15 +34,6 @@ def taken(monkeypatch) -> list[int]:
     return calls
 
 
-def assert_parity(args: tuple, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    truth = results_and_grads(OP.reference, widen(args))
-    eager = results_and_grads(OP.reference, args)
-    fused = results_and_grads(OP.fused, args)
-    verdicts = check(fused, eager, truth, dtype=dtype, terms=longest_sum(args), inherent=True)
-    assert all(v.ok for v in verdicts), verdicts
-    return fused
-
-
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -50,7 +42,7 @@ def _seeded():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_query_of_grouped_heads(dtype, taken):
     args = (heads(2, 1, 6, 40, dtype), heads(2, 200, 2, 40, dtype), heads(2, 200, 2, 40, dtype))
-    assert_parity(args, dtype)
+    assert_parity(args)
     assert taken and taken[0] > 1
 
 
@@ -112,7 +104,7 @@ def test_bands_of_a_cache(dtype, Tq, window, taken):
     """
     Tk = 333
     q, k, v = heads(1, Tq, 4, 32, dtype), heads(1, Tk, 1, 32, dtype), heads(1, Tk, 1, 32, dtype)
-    assert_parity((q, k, v, *FAR, window, Tk - Tq), dtype)
+    assert_parity((q, k, v, *FAR, window, Tk - Tq))
     block = 16 if dtype == torch.float32 else 64
     first = 0 if window is None else (Tk - Tq - window + 1) // block * block
     assert taken[0] >= 3 and taken[0] <= -(-(Tk - first) // block)
@@ -131,7 +123,7 @@ def test_sinks_and_their_gradient(dtype, taken):
     q, k, v = heads(2, 1, 4, 16, dtype), heads(2, 150, 2, 16, dtype), heads(2, 150, 2, 16, dtype)
     sinks = torch.tensor([0.5, -2.0, 3.0, float("-inf")]).to("cuda", dtype).requires_grad_()
     padding = (torch.arange(150) >= torch.tensor([0, 150])[:, None])[:, None, None, :].to("cuda")
-    assert_parity((q, k, v, padding, False, *FAR[2:], None, 0, None, sinks), dtype)
+    assert_parity((q, k, v, padding, False, *FAR[2:], None, 0, None, sinks))
     assert taken
 
 
@@ -141,13 +133,13 @@ def test_more_rows_than_a_tile_and_a_wider_value(taken):
     q = heads(1, 11, 12, 24, torch.bfloat16)
     k = cache[:1, :, :1, :24].transpose(1, 2).detach().requires_grad_()
     v = cache[1:, :, 1:].transpose(1, 2).detach().requires_grad_()
-    assert_parity((q, k, v, *FAR, None, 129), torch.bfloat16)
+    assert_parity((q, k, v, *FAR, None, 129))
     assert taken
 
 
 def test_heads_of_256_features(taken):
     q, k, v = (heads(1, T, 2, 256, torch.bfloat16) for T in (1, 130, 130))
-    assert_parity((q, k, v), torch.bfloat16)
+    assert_parity((q, k, v))
     assert taken == [5]
 
 
