@@ -2,36 +2,29 @@
 
     softmax(q k^T * scale + mask) v,   dropout on the probabilities
 
-A pattern finds the chain; `finish` then reads what the chain leaves open: heads repeated for grouped-query
-attention are unfolded, the mask is taken apart (passes/masks.py), active dropout gets the graph's seed.
+A pattern finds the chain; attention_finish.py then reads what the chain leaves open: heads repeated for
+grouped-query attention are unfolded, the mask is taken apart, active dropout gets the graph's seed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch import Tensor
 
-from fusekit.kernels.launch import on_gpu
-from fusekit.passes.affine import Index, Predicate
-from fusekit.passes.alibi import alibi_of, heads_apart
-from fusekit.passes.masks import (
-    Mask,
-    from_band,
-    is_band,
-    predicate,
-    recover,
-    recover_additive,
-    recover_forbidden,
-    split_additive,
+from fusekit.passes.pattern import Rule
+from fusekit.passes.rules.attention_finish import (
+    finish,
+    finish_added,
+    finish_added_and_filled,
+    finish_added_twice,
+    finish_bloom,
+    finish_call,
+    finish_filled,
+    finishing_capped,
 )
-from fusekit.passes.pattern import SEED, Match, New, Rule
-from fusekit.passes.spelling import spell, value_of
 
 GROUPED = {"k": "B Hkv Tk D", "v": "B Hkv Tk Dv", "q": "B Hkv*G Tq D", "mask": "optional any bool Tq Tk"}
 EQUAL = {"q": "B H Tq D", "k": "B H Tk D", "v": "B H Tk Dv", "mask": "any bool Tq Tk"}
@@ -40,200 +33,8 @@ TWICE = {**EQUAL, "bias": "any Tq Tk", "mask": "any Tq Tk"}
 BLOOM = {**ADDED, "bias": "any B*H 1 Tk"}
 SINKS = {"k": "B H Tk D", "v": "B H Tk Dv", "q": "B H Tq D", "sinks": "H"}  # Tk third: letters.EIGHT
 UNMASKED = {name: shape for name, shape in EQUAL.items() if name != "mask"}
-LOWEST = -3e4  # what a model fills in for "forbidden": finfo(float16).min is -65504, many write -1e9
 
 aten = torch.ops.aten
-
-
-def finish_call(match: Match) -> str | None:
-    """F.scaled_dot_product_attention: the mask is boolean or is added."""
-    mask = match.arguments.get("mask")
-    if mask is not None:
-        take = _take_boolean if value_of(mask).dtype == torch.bool else _take_added
-        if reason := take(match):
-            return reason
-    return _finish(match)
-
-
-def finish_filled(match: Match) -> str | None:
-    """Scores overwritten where the mask forbids: -inf, or so low a number that exp gives zero."""
-    return _take_boolean(match) or _finish(match)
-
-
-def finish_added(match: Match) -> str | None:
-    return _take_added(match) or _finish(match)
-
-
-def _finish(match: Match) -> str | None:
-    _unfold_repeated_heads(match)
-    take_alibi(match)
-    dropout = match.arguments.get("dropout", 0.0)
-    if dropout:
-        if not 0.0 < dropout < 1.0:
-            return f"dropout {dropout} keeps nothing"
-        if not on_gpu(value_of(match.root)):
-            return "dropout is active, and on a CPU eager draws its mask faster than Philox would be computed"
-        match.arguments["seed"] = SEED
-    return None
-
-
-def _take_boolean(match: Match) -> str | None:
-    fill = match.arguments.get("fill", -math.inf)
-    mask, node = match.arguments["mask"], match.arguments["mask"]
-    if isinstance(mask, New):  # the complement of what the model has
-        node = mask.args[0]
-        found = recover_forbidden(node) or Mask(False, mask)
-    elif value_of(mask).dtype != torch.bool:  # `mask == 0` is forbidden, so `mask != 0` is allowed
-        found = _whole(predicate(mask)) or Mask(False, New(aten.ne.Scalar, (mask, 0)))
-    else:
-        found = recover(mask)
-    if fill != -math.inf and not found.leaves_a_key(value_of(node).shape):
-        return f"masked with {fill:g}, not -inf: where a whole row is forbidden, eager shares it out evenly"
-    if fill > LOWEST:
-        return f"masked with {fill:g}, which a score can come near to"
-    rest: Any = found.rest
-    _set_band(match, found)
-    match.arguments["mask"] = rest
-    if rest is not mask:
-        match.stands_for.pop(node, None)
-    if isinstance(rest, fx.Node):
-        match.stands_for[rest] = ("mask", None)
-    return None
-
-
-def _whole(allowed: Predicate | None) -> Mask | None:
-    """A mask that is a band and nothing else."""
-    return from_band([allowed]) if is_band(allowed) else None
-
-
-def _set_band(match: Match, found: Mask) -> None:
-    if found.causal or found.window is not None:
-        match.arguments.update(causal=found.causal, window=found.window, offset=found.offset)
-    if found.documents is not None:
-        match.arguments.update(documents=found.documents.queries, key_documents=found.documents.keys)
-
-
-def _take_added(match: Match) -> str | None:
-    mask = match.arguments["mask"]
-    if isinstance(mask, New) or not value_of(mask).is_floating_point():
-        return "what is added to the scores is no floating point mask"
-    found = split_additive(mask, LOWEST)
-    if found is not None:
-        _replace_mask(match, found)
-    return None
-
-
-def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> bool:
-    """Put slopes in the place of a bias that is ALiBi, and say whether it is."""
-    given = match.arguments
-    bias: Any = given.get(name)
-    if (
-        given.get("sinks") is not None or given.get("slopes") is not None
-    ):  # beside a sink a row's constant counts
-        return False
-    furthest = given.get("offset", 0) if given.get("causal") else None
-    found = alibi_of(bias, furthest if isinstance(furthest, int) else None, index)
-    if found is None:
-        return False
-    match.stands_for.pop(bias, None)
-    given.update({name: None, "slopes": found.slopes, "places": found.places})
-    return True
-
-
-def finish_added_twice(match: Match) -> str | None:
-    """(scores + bias) + mask: one of the two is causal or a window, or ALiBi; the other stays a tensor."""
-    bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
-    if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
-        return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
-    for band, other in ((mask, bias), (bias, mask)):
-        found = recover_additive(band, LOWEST)
-        if found is not None:
-            _replace_mask(match, found._replace(rest=other))
-            return _finish(match)
-    for alibi, other in ((bias, mask), (mask, bias)):
-        match.arguments["mask"] = alibi
-        if take_alibi(match):
-            _replace_mask(match, Mask(False, other))
-            return _finish(match)
-    return "two masks are added to the scores, and neither is causal, a window or ALiBi and nothing else"
-
-
-def finish_added_and_filled(match: Match) -> str | None:
-    """(scores + bias) filled where a boolean mask forbids, as MPT: one of them is no tensor."""
-    bias = match.arguments.pop("bias")
-    if isinstance(bias, New) or not value_of(bias).is_floating_point():
-        return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
-    if reason := _take_boolean(match):
-        return reason
-    kept = match.arguments["mask"]
-    match.arguments["mask"] = bias
-    if not take_alibi(match) and kept is not None:
-        return "a bias is added to the scores beside a mask, and neither is index arithmetic alone"
-    if kept is not None:
-        match.arguments["mask"] = kept
-    elif match.arguments["mask"] is not None:
-        match.stands_for[bias] = ("mask", None)
-    return _finish(match)
-
-
-def finish_bloom(match: Match) -> str | None:
-    """alibi, (batch * heads, 1, keys), where the products are added to it; and an additive mask."""
-    alibi, mask = match.arguments["bias"], match.arguments["mask"]
-    if isinstance(alibi, New) or isinstance(mask, New) or not value_of(mask).is_floating_point():
-        return "what is added to the scores is no floating point mask"
-    unfolded = heads_apart(alibi, value_of(match.arguments["q"]).shape)
-    match.arguments["bias"] = None if unfolded is None else unfolded[0]
-    if unfolded is None or not take_alibi(match, "bias", unfolded[1]):
-        return "what baddbmm adds to the scores is not ALiBi, slopes of heads times places of keys"
-    match.stands_for.pop(alibi, None)
-    del match.arguments["bias"]
-    return finish_added(match)
-
-
-def _replace_mask(match: Match, found: Mask) -> None:
-    _set_band(match, found)
-    match.stands_for.pop(match.arguments["mask"], None)
-    match.arguments["mask"] = found.rest
-    if isinstance(found.rest, fx.Node):
-        match.stands_for[found.rest] = ("mask", None)
-
-
-def _unfold_repeated_heads(match: Match) -> None:
-    """Take k and v as they were before their heads were repeated, where both were, equally often."""
-    k, v = match.arguments["k"], match.arguments["v"]
-    sources = _before_repeat(k), _before_repeat(v)
-    if sources[0] is None or sources[1] is None or sources[0][1] != sources[1][1]:
-        return
-    for name, repeated, (source, _) in (("k", k, sources[0]), ("v", v, sources[1])):
-        match.arguments[name] = source
-        match.stands_for.pop(repeated, None)
-    for name in ("k", "v"):
-        match.stands_for[match.arguments[name]] = (name, None)
-
-
-def _before_repeat(node: Any) -> tuple[fx.Node, int] | None:
-    """(x, n) where `node` is x with every head n times in a row."""
-    if not isinstance(node, fx.Node):
-        return None
-    name, args = spell(node)
-    if name == "repeat_interleave" and len(args) > 2 and isinstance(args[1], int) and args[2] == -3:
-        return args[0], args[1]
-    chain = [node]
-    for wanted in ("reshape", "expand", "unsqueeze"):
-        if spell(chain[-1]).name != wanted:
-            return None
-        chain.append(spell(chain[-1]).args[0])
-    shape, wide, _, source = (value_of(n).shape for n in chain)
-    if len(wide) != 5 or len(shape) != 4 or len(source) != 4 or spell(chain[2]).args[1] != -3:
-        return None
-    times = wide[2]
-    batch, heads, *rest = source
-    fits = [(batch, wide[0]), (heads, wide[1]), (heads * times, shape[1]), *zip(rest, wide[3:], strict=True)]
-    if not isinstance(times, int) or not all(statically_known_true(a == b) for a, b in fits):
-        return None
-    return chain[-1], times
 
 
 def called(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scale: float) -> Tensor:
@@ -352,25 +153,12 @@ def added_capped(
     return attend(capped_scores(q, k, scale, before, softcap) + mask, v, dropout)
 
 
-def finishing_capped(finish: Callable[[Match], str | None]) -> Callable[[Match], str | None]:
-    """What is divided by in front of tanh is what it is multiplied by behind, or scores would be scaled."""
-
-    def finish_capped(match: Match) -> str | None:
-        before, softcap = match.arguments.pop("before"), match.arguments["softcap"]
-        if before <= 0.0 or softcap <= 0.0:
-            return f"scores capped at {softcap:g} are no capped scores"
-        match.arguments["scale"] = match.arguments["scale"] * before * softcap
-        return finish(match)
-
-    return finish_capped
-
-
 def _rows(scores: Scores, source: str) -> list[Rule]:
     return [
         Rule("attention", filled(scores), f"{source}, masked_fill", EQUAL, finish=finish_filled),
         Rule("attention", chosen(scores), f"{source}, where", EQUAL, finish=finish_filled),
         Rule("attention", added(scores), f"{source}, added mask", ADDED, finish=finish_added),
-        Rule("attention", written(scores), source, UNMASKED, finish=_finish),
+        Rule("attention", written(scores), source, UNMASKED, finish=finish),
     ]
 
 
@@ -400,10 +188,10 @@ RULES = [
         {**SINKS, "mask": "any Tq Tk"},
         finish=finish_added,
     ),
-    Rule("attention", sunk, SUNK, SINKS, finish=_finish),
+    Rule("attention", sunk, SUNK, SINKS, finish=finish),
     Rule("attention", filled_capped, f"{CAPPED}, masked_fill", EQUAL, finish=finishing_capped(finish_filled)),
     Rule("attention", added_capped, f"{CAPPED}, added mask", ADDED, finish=finishing_capped(finish_added)),
-    Rule("attention", written_capped, CAPPED, UNMASKED, finish=finishing_capped(_finish)),
+    Rule("attention", written_capped, CAPPED, UNMASKED, finish=finishing_capped(finish)),
     Rule("attention", called, CALL, GROUPED, {"causal": False}, finish_call),
     Rule("attention", called_causal, f"{CALL}, is_causal", GROUPED, {"causal": True}, finish_call),
 ]
