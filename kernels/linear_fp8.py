@@ -23,8 +23,7 @@ asked for. What is absent is quantised here. Where one is given, its scale count
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,12 +33,14 @@ from fusekit.kernels import linear_fp8_cpu, linear_fp8_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_cast import empty_operand
 from fusekit.kernels.fp8_format import Operand, dequantise, group_of, quantise
-from fusekit.kernels.fp8_operand import Quantised, read, why_not
+from fusekit.kernels.fp8_operand import Quantised, read
 from fusekit.kernels.launch import on_gpu, recording
 from fusekit.kernels.library import define, refuse_double_backward
 from fusekit.kernels.linear_act import _optional_rows, _rows, _stores_z
-from fusekit.kernels.op import Op, Sample, not_runnable
-from fusekit.kernels.recipe import PRESETS, Recipe
+from fusekit.kernels.linear_fp8_samples import samples
+from fusekit.kernels.linear_fp8_supports import supports
+from fusekit.kernels.op import Op
+from fusekit.kernels.recipe import Recipe
 
 
 def _round_trip(x: Tensor, recipe: Recipe, which: int, scale: Tensor | None, transposed: bool) -> Tensor:
@@ -297,52 +298,6 @@ class _LinearFp8(torch.autograd.Function):
         return *found, None, None, None, None, None, None
 
 
-MULTIPLE = 16  # features: tensor cores take FP8 rows that are 16 bytes apart
-
-
-def supports(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    act: str = "none",
-    recipe: str = "fp8-tensorwise",
-    scale: Tensor | None = None,
-    amax: Tensor | None = None,
-    x_operand: Sequence[Tensor] | None = None,
-    w_operand: Sequence[Tensor] | None = None,
-) -> str | None:
-    """None, or why linear_fp8 does not run on these arguments."""
-    if act not in ACTIVATIONS:
-        return f"activation {act!r} is none of {', '.join(ACTIVATIONS)}"
-    try:
-        chosen = Recipe.parse(recipe)
-    except ValueError as error:
-        return str(error)
-    if x.dim() == 0 or weight.dim() != 2:
-        return f"x {tuple(x.shape)} needs a last dimension of features, and weight {tuple(weight.shape)} two"
-    N, K = weight.shape
-    if x.shape[-1] != K:
-        return (
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in input features; weight is (N, K)"
-        )
-    if not N or not K or N % MULTIPLE or K % MULTIPLE:
-        return f"weight {tuple(weight.shape)} has a dimension that {MULTIPLE} does not divide; FP8 needs that"
-    if bias is not None and tuple(bias.shape) != (N,):
-        return f"bias {tuple(bias.shape)} is not ({N},), one value per output feature"
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
-            return f"x is {x.dtype} and {name} is {tensor.dtype}; it may be x's dtype or float32"
-    for name, state in (("scale", scale), ("amax", amax)):
-        if state is not None and (state.dtype != torch.float32 or tuple(state.shape) != (3,)):
-            return f"{name} is {state.dtype} {tuple(state.shape)}, not float32 (3,): x, weight, gradient"
-    if amax is not None and chosen.scaling != "tensor":
-        return f"amax is of one group a tensor, and scaling={chosen.scaling!r} has many; leave it out"
-    for operand, tensor in ((x_operand, x), (w_operand, weight)):
-        if reason := why_not(operand, tensor):
-            return reason
-    return not_runnable(x, weight, bias, scale, amax)
-
-
 def _checked(
     x: Tensor,
     weight: Tensor,
@@ -388,37 +343,6 @@ fused = define(
 
 def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
     return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
-
-
-def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    """Small: every preset, activations, layouts. bench: the first linear of a GPT block, every preset."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, dtype).requires_grad_()
-
-    for name in PRESETS:
-        bias = make(144) if name != "mxfp8" else None
-        yield Sample(args=(make(2, 35, 160), make(144, 160, scale=0.08), bias, "none", name), name=name)
-    delayed = replace(PRESETS["fp8-tensorwise"], delayed=True, grad_weight=False).token()
-    state = torch.tensor([64.0, 512.0, 1024.0], device=device), torch.zeros(3, device=device)
-    few = make(70, 64), make(48, 64, scale=0.12)
-    yield Sample(args=(*few, None, "none", delayed, *state), name="delayed")
-    yield Sample(args=(make(70, 64), make(48, 64, scale=0.12), make(48), "gelu"), name="gelu")
-    yield Sample(args=(make(0, 5, 32), make(16, 32), None, "silu"), name="empty_batch")
-    x, weight = make(35, 2, 48), make(48, 80, scale=0.15)
-    strided, transposed = (t.detach().transpose(0, 1).requires_grad_() for t in (x, weight))
-    yield Sample(args=(strided, transposed, None, "none", "fp8-block"), name="strided_conv1d")
-    yield Sample(args=(make(32), make(16, 32), make(16)), name="vector")
-    variants = {name: recipe.token() for name, recipe in PRESETS.items() if not recipe.delayed}
-    for accumulation in ("fast", "fp32"):
-        variants[accumulation] = replace(PRESETS["fp8-tensorwise"], accumulation=accumulation).token()
-    for name, token in variants.items():
-        args = (make(2048, 1024), make(4096, 1024, scale=1 / 32), None, "none", token)
-        yield Sample(args=args, name=f"2048x1024x4096_{name}", bench=True)
-    delayed = replace(PRESETS["fp8-tensorwise"], delayed=True).token()
-    many = make(2048, 1024), make(4096, 1024, scale=1 / 32), make(4096)
-    yield Sample(args=(*many, "gelu_tanh", delayed, *state), name="2048x1024x4096_delayed", bench=True)
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent="grad")
