@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusekit.kernels.fp8_format import dequantise, group_of, quantise
 from fusekit.kernels.linear_fp8 import OP
@@ -14,6 +15,21 @@ from fusekit.kernels.recipe import Recipe
 
 # Relative Frobenius errors of a product of well-scaled Gaussian operands against the unquantised one.
 IDEAL = {torch.float8_e4m3fn: 3.7e-2, torch.float8_e5m2: 5.9e-2}
+
+
+class Blocks(nn.Module):
+    """Four layers that are cast and one that is not."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.checkpointed, self.out = checkpointed, nn.Linear(32, 16)
+        blocks = (nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.Tanh()) for _ in range(2))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.out(x)
 
 
 def draw(device: str, dtype: torch.dtype, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fp8_checks import Blocks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
 
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
@@ -34,21 +34,6 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
-
-
-class Blocks(nn.Module):
-    """Four layers that are cast and one that is not."""
-
-    def __init__(self, checkpointed: bool = False) -> None:
-        super().__init__()
-        self.checkpointed, self.out = checkpointed, nn.Linear(32, 16)
-        blocks = (nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.Tanh()) for _ in range(2))
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
-        return self.out(x)
 
 
 def made(precision: Any = "fp8-delayed", checkpointed: bool = False, **settings: Any) -> Blocks:
@@ -415,18 +400,21 @@ def test_an_attention_model_certifies_before_and_after_steps() -> None:
             optimizer.zero_grad()
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, folder: str, by_hand: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = made(SHORT)
-    parallel = nn.parallel.DistributedDataParallel(model)
+    if by_hand:  # sharded or averaged by something that is no DistributedDataParallel
+        fusekit.precision_state(model).agree_within(dist.group.WORLD)
+    parallel = model if by_hand else nn.parallel.DistributedDataParallel(model)
     train(parallel, [x * (1 + 3 * rank) for x in batches(2)])
-    torch.save(weights(model) | state(model), f"{folder}/{rank}.pt")
+    torch.save(state(model) if by_hand else weights(model) | state(model), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="needs processes and gloo")
-def test_ranks_of_ddp_agree_on_scales(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_ranks_agree_on_scales(by_hand: bool, tmp_path: Any) -> None:
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path), by_hand), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert same(first, second)
     largest = max(float((x * 4).to(BF16).abs().max()) for x in batches(2))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fp8_checks import Blocks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
@@ -104,7 +104,6 @@ def test_transformers_layers_are_found(kind: str, layers_of_a_block: int, sizes:
     head = transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
     model = head.from_config(config, attn_implementation="sdpa").eval()
     x = tokens()
-    loss = run(model, precision="fp8", input_ids=x, labels=x) if False else None
     fusekit.optimize(model, precision="fp8")
     loss = model(input_ids=x, labels=x).loss
     loss.backward()
@@ -265,25 +264,12 @@ def test_accumulation_adds_up_and_sees_updated_weights() -> None:
     assert not torch.equal(model(*parts[:1] * 2)[1], before)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, on: bool) -> None:
-        super().__init__()
-        self.on, self.out = on, nn.Linear(32, 16)
-        blocks = (nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.Tanh()) for _ in range(2))
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.on else block(x)
-        return self.out(x)
-
-
 def test_activation_checkpoints_give_the_same_bits() -> None:
     """The last layer of a checkpoint's body is no output layer either."""
     grads = []
     for on in (False, True):
         torch.manual_seed(0)
-        model = Checkpointed(on)
+        model = Blocks(on)
         run(model, torch.randn(6, 32)).square().sum().backward()
         assert len(layers(model)) == 4
         grads.append([p.grad for p in model.parameters()])

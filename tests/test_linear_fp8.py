@@ -170,8 +170,9 @@ def test_any_shape_and_magnitude(rows, n, k, name, exponent, frozen) -> None:
     y = OP.fused(x, weight, None, "none", name)
     y.sum().backward()
     assert y.shape == (rows, N) and y.isfinite().all() and weight.grad.isfinite().all()
-    if rows:
-        assert checks.error(y.detach(), x.detach().double() @ weight.detach().double().t()) < 0.06
+    if rows:  # against the values behind the codes: what FP8 costs a small product is a matter of luck
+        exact = OP.reference(x.detach().double(), weight.detach().double(), None, "none", name)
+        assert checks.error(y.detach(), exact) < 1e-6
 
 
 @presets
