@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fusekit
@@ -757,3 +758,14 @@ def test_a_sampled_call_that_raises_leaves_nothing_behind(monkeypatch: pytest.Mo
     for number in range(8, 14):
         step(number)
     assert controller.state_dict()["sampled_at"] > before
+
+
+def test_a_compiled_optimizer_step_is_noticed_and_compiled_once() -> None:
+    model = fusekit.optimize(gpt(), precision=AutoPrecision(every=1, calibration=2))
+    optimizer, counter = torch.optim.SGD(model.parameters(), lr=0.01), CompileCounter()
+    step = torch.compile(lambda: optimizer.step(), backend=counter)
+    for number in range(4):
+        model(tokens(number), tokens(number))[1].backward()
+        step()
+        optimizer.zero_grad()
+    assert fusekit.auto_precision(model).steps == 4 and counter.frame_count == 1
