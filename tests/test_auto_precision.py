@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -637,98 +635,6 @@ def test_samples_cost_less_than_a_hundredth_of_training() -> None:
         torch.set_num_threads(threads)
     sampled, plain = (statistics.median(seconds[kind]) for kind in (True, False))
     assert len(seconds[True]) == 8 and (sampled - plain) / (50 * plain) < 0.02
-
-
-RANK = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[3])
-import fusekit
-from fusekit.passes import cost
-from fusekit.precision_guard import Guard
-from test_auto_precision import AutoPrecision, levels, planted, tokens
-cost.EAGER_OVERHEAD = cost.FUSED_OVERHEAD = {"cpu": 0.0, "cuda": 0.0}
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-model = planted()
-if rank == 0:  # the other rank alone sees outliers
-    model.blocks[1].expand.factor.fill_(1.0)
-fusekit.optimize(model, precision=AutoPrecision(every=1, calibration=2))
-for step in range(3):
-    model(tokens(step), tokens(step))[1].backward()
-    fusekit.auto_precision(model).step()
-guard = Guard()
-for value in [1.0] * 30 + [9.0 if rank else 1.0] * 3:
-    guard.add((value, None))
-print(levels(model), guard.alarms(joined_on=torch.device("cpu")))
-dist.destroy_process_group()
-"""
-
-
-def test_ranks_decide_together_on_the_worst_of_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RANK]
-    store = str(tmp_path / "store")
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), store, str(Path(__file__).parent)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs
-    assert outputs[0][0] == outputs[1][0] and f"'{PLANTED}': (1, " in outputs[0][0]
-    assert outputs[0][0].strip().endswith("} 1")  # an alarm of one is one of all
-
-
-BRANCHES = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-import fusekit
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
-
-    def forward(self, x, branch):
-        inner = self.a(x) if branch == 0 else self.b(x) if branch == 1 else self.b(self.a(x))
-        return self.c(x + inner.sin())
-
-torch.manual_seed(0)
-model = Branches()
-automatic = fusekit.AutoPrecision(mode="adaptive", every=2, calibration=2, emulate=True)
-fusekit.optimize(model, precision=automatic)
-controller = fusekit.auto_precision(model)
-parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-optimizer = torch.optim.SGD(model.parameters(), 0.0)
-for step in range(8):
-    parallel(torch.randn(16, 32), rank * (1 + (step >= 4))).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if rank == 0:  # as a rank does that alone saves and prints
-        controller.plan, controller.state_dict(), str(fusekit.explain(model))
-parallel(torch.randn(16, 32), 0)
-for name, layer in controller._layers.items():
-    print(name, [(unit.level, unit.samples) for unit in layer.units.values()])
-dist.destroy_process_group()
-"""
-
-
-def test_ranks_that_run_other_layers_agree_and_one_may_look_alone(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", BRANCHES, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs
-    assert outputs[0][0] == outputs[1][0] and [line[0] for line in outputs[0][0].splitlines()] == list(
-        "ab"
-    )  # c is the head
 
 
 def test_a_sampled_call_that_raises_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
