@@ -179,7 +179,9 @@ def cast_kernel(
         if codes_ptr is not None:
             _store_codes(y, codes_ptr, rows, columns, M, pitch, E5M2, HARDWARE)
         if codes_t_ptr is not None:
-            _store_codes(tl.trans(y), codes_t_ptr, columns, rows, K, pitch_t, E5M2, HARDWARE)
+            # ptxas 12.8 (Triton 3.6) drops casts of float32 whose bytes then cross threads: integers there.
+            SAFE: tl.constexpr = HARDWARE and x_ptr.dtype.element_ty != tl.float32
+            _store_codes(tl.trans(y), codes_t_ptr, columns, rows, K, pitch_t, E5M2, SAFE)
     else:
         if codes_ptr is not None:
             _cast_rows(
