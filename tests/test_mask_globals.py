@@ -74,7 +74,9 @@ WHOLE: dict[str, tuple[Build, tuple[bool, int | None, int], tuple[bool, bool, bo
     "prefix": (lambda x: _causal() | x[:, None, None, :], (True, None, 0), (False, True, True)),
     "first keys": (lambda x: _near() | (_theirs() < 2), AROUND, (False, True, True)),
     "first and last": (
-        lambda x: _near() | (_theirs() < 2) | (_theirs() >= T - 2) | (_ours() == 0), AROUND, (True, True, True)
+        lambda x: _near() | (_theirs() < 2) | (_theirs() >= T - 2) | (_ours() == 0),
+        AROUND,
+        (True, True, True),
     ),
     "numbers": (lambda x: _near() | (x.long()[:, None, None, :] > 0), AROUND, (False, True, True)),
     "not local": (lambda x: _near() | ~x[:, None, None, :], AROUND, (False, True, True)),
@@ -115,7 +117,7 @@ def test_padding_and_documents_beside_global_tokens(name: str) -> None:
         return padding[:, None, None, :] & (ids[:, None, :, None] == ids[:, None, None, :]) & build(x)
 
     found = _is_consistent(padded, T, T, FLAGS, padding)
-    assert found.globals is not None and found.rest is not None and found.rest.meta["val"].shape == (2, 1, 1, T)
+    assert found.globals is not None and found.rest.meta["val"].shape == (2, 1, 1, T)
     found = _is_consistent(packed, T, T, FLAGS, padding)
     assert found.globals is not None and found.rest is not None and found.documents is not None
 
@@ -126,7 +128,7 @@ def test_what_is_forbidden_says_the_same() -> None:
     def build(x: Tensor, padding: Tensor) -> Tensor:
         return ~(_forbidden(x) | ~padding[:, None, None, :])
 
-    graph, node = _traced(build, FLAGS, padding)
+    _, node = _traced(build, FLAGS, padding)
     found = recover_forbidden(node.args[0])
     assert found is not None and found.globals is not None and found == recover(node)
     assert _is_consistent(build, T, T, FLAGS, padding).globals is not None
