@@ -6,11 +6,13 @@ r"""Scaled dot-product attention that never stores the scores.
 
 cap(s) = softcap tanh(s / softcap), or s. A sink is one logit more a head in the softmax's sum, without a
 value: P no longer adds up to one, and dsink = - sum over rows of P_sink delta. Which keys a query sees by its
-place (causal, window, offset) or by its document, and ALiBi's slope and distance, stand in attention_form.py.
+place (causal, window, offset), as a global token or by its document, and ALiBi's slope and distance, stand in
+attention_form.py.
 
 Dao 2023, "FlashAttention-2", arXiv:2307.08691; query heads share keys as in Ainslie et al. 2023, "GQA",
 arXiv:2305.13245; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xiao et al. 2023, arXiv:2309.17453; ALiBi:
-Press et al. 2021, arXiv:2108.12409.
+Press et al. 2021, arXiv:2108.12409; windows beside global tokens: Beltagy et al. 2020, "Longformer",
+arXiv:2004.05150.
 Saved for backward: q, k, v, y and one or two float32 a row; S and P are computed again.
 A row that a boolean mask (or -inf) or the band leaves no key has y = 0 and no gradient, as in torch's own
 attention; a row of finfo.min in an additive mask is shared out evenly, as softmax does.
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import attention_blocked, attention_choice, attention_launch, attention_native, philox
-from fusekit.kernels.attention_form import TENSORS, Form, band, pairs, rows_of
+from fusekit.kernels.attention_form import TENSORS, Form, dense, pairs, rows_of
 from fusekit.kernels.attention_samples import samples
 from fusekit.kernels.attention_supports import supports
 from fusekit.kernels.launch import on_gpu
@@ -54,6 +56,9 @@ def reference(
     places: Tensor | None = None,
     documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    global_queries: Tensor | None = None,
+    global_keys: Tensor | None = None,
+    global_ahead: bool = False,
 ) -> Tensor:
     """The definition, scores and all. P is rounded to q.dtype where it meets v, as a matmul needs it."""
     precise = torch.promote_types(q.dtype, torch.float32)
@@ -67,8 +72,8 @@ def reference(
         places = _distances(scores, offset) if places is None else places.unsqueeze(-2).unsqueeze(-2)
         scores = scores + slopes.to(precise)[..., None, None] * places.to(precise)
     if causal or window is not None:
-        low, high = band(causal, window, offset)
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(high).triu(low)
+        flags = global_queries, global_keys, global_ahead
+        seen = dense((q.shape[-2], k.shape[-2]), causal, window, offset, *flags, q.device)
         scores = scores.masked_fill(~seen, -math.inf)
     if documents is not None:
         same = rows_of(documents)[:, :, None] == rows_of(_or(key_documents, documents))[:, None, :]
@@ -158,7 +163,7 @@ def _backward_fake(
 _SETTINGS = (
     "Tensor? mask, bool causal, float scale, float dropout, Tensor? seed, int seed_offset, bool tf32, "
     "int? window, SymInt offset, float? softcap, Tensor? sinks, Tensor? slopes, Tensor? places, "
-    "Tensor? documents, Tensor? key_documents"
+    "Tensor? documents, Tensor? key_documents, Tensor? global_queries, Tensor? global_keys, bool global_ahead"
 )
 _forward_op = define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
@@ -204,12 +209,13 @@ def _settings(
     seed: Tensor | None = None, seed_offset: int = 0, tf32: bool = False,
     window: int | None = None, offset: int = 0, softcap: float | None = None, sinks: Tensor | None = None,
     slopes: Tensor | None = None, places: Tensor | None = None, documents: Tensor | None = None,
-    key_documents: Tensor | None = None,
+    key_documents: Tensor | None = None, global_queries: Tensor | None = None,
+    global_keys: Tensor | None = None, global_ahead: bool = False,
 ) -> Form:  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     form = Form(
         mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks, slopes, places,
-        documents, key_documents,
+        documents, key_documents, global_queries, global_keys, global_ahead,
     )  # fmt: skip
     why_not = supports(q, k, v, *form)
     if why_not is not None:
@@ -233,7 +239,8 @@ fused = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, float? scale=None, "
     "float dropout=0.0, Tensor? seed=None, int seed_offset=0, bool tf32=False, int? window=None, "
     "SymInt offset=0, float? softcap=None, Tensor? sinks=None, Tensor? slopes=None, Tensor? places=None, "
-    "Tensor? documents=None, Tensor? key_documents=None) -> Tensor",
+    "Tensor? documents=None, Tensor? key_documents=None, Tensor? global_queries=None, "
+    "Tensor? global_keys=None, bool global_ahead=False) -> Tensor",
     _run,
     _fake,
     autograd=_autograd,
@@ -245,7 +252,8 @@ fused = define(
 def flops(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, *rest: Any
 ) -> int:
-    """Two matmuls; causal and a window spare the scores that nobody sees. What documents spare is data."""
+    """Two matmuls; causal and a window spare the scores that nobody sees. What documents spare and global
+    tokens add is data."""
     (B, H, Tq, D), Tk, DV = q.shape, k.shape[-2], v.shape[-1]
     window, offset = (rest[5] if len(rest) > 5 else None), (rest[6] if len(rest) > 6 else 0)
     return 2 * B * H * pairs(causal, window, offset, Tq, Tk) * (D + DV)

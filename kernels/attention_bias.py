@@ -22,15 +22,16 @@ from fusekit.kernels.attention_tiles import (
 @triton.jit
 def grad_bias_kernel(
     dy_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
-    seed_ptr, stats_ptr, delta_ptr, dbias_ptr,
+    global_queries_ptr, global_keys_ptr, seed_ptr, stats_ptr, delta_ptr, dbias_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_sb, stride_sh, stride_pb, stride_db, stride_eb, stride_gb, stride_hb,
     B, H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
     BATCHES: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # BATCHES, HEADS, ROWS, COLUMNS: the bias has that dimension; where not, it is repeated along it.
@@ -62,6 +63,7 @@ def grad_bias_kernel(
         mask_head = mask_ptr + head_offset(stride_mb, stride_mh, batch, head)
         slope = 0.0
         places, documents, key_documents = places_ptr, documents_ptr, key_documents_ptr
+        global_queries, global_keys = global_queries_ptr, global_keys_ptr
         if ALIBI != 0:
             slope = slope_of(slopes_ptr, stride_sb, stride_sh, batch, head)
         if ALIBI == 2:
@@ -69,6 +71,9 @@ def grad_bias_kernel(
         if DOCUMENTS:
             documents += batch.to(tl.int64) * stride_db
             key_documents += batch.to(tl.int64) * stride_eb
+        if GLOBALS != 0:
+            global_queries += batch.to(tl.int64) * stride_gb
+            global_keys += batch.to(tl.int64) * stride_hb
         for start_m in tl.range(first_m, last_m, BLOCK_M, num_stages=1):
             m = start_m + tl.arange(0, BLOCK_M)
             rows = head_index.to(tl.int64) * Tq + m
@@ -76,6 +81,8 @@ def grad_bias_kernel(
             dy = load_rows(dy_head, m, stride_ym, stride_yd, Tq, DV, BLOCK_DV)
             delta = tl.load(delta_ptr + rows, mask=m < Tq, other=0.0)
             first, last = keys_seen(start_m // BLOCK_M, Tk, low, high, BLOCK_M, BLOCK_N, BAND)
+            if GLOBALS != 0:  # nothing is skipped: a bias of every score is in memory anyway
+                first, last = 0, Tk
             for start in tl.range(tl.maximum(first, first_n), tl.minimum(last, last_n), BLOCK_N):
                 n = start + tl.arange(0, BLOCK_N)
                 k = load_rows(k_head, n, stride_kn, stride_kd, Tk, D, BLOCK_D)
@@ -84,8 +91,8 @@ def grad_bias_kernel(
                 scores = capped_scores(products, scale_log2, cap_log2, CAP)
                 scores = mask_scores(
                     scores, m[:, None], n[None, :], mask_head, stride_mm, stride_mn, slope, places,
-                    documents, key_documents, Tq, Tk, low, high, offset,
-                    MASK, BAND, True, ALIBI, DOCUMENTS,
+                    documents, key_documents, global_queries, global_keys,
+                    Tq, Tk, low, high, offset, MASK, BAND, True, ALIBI, DOCUMENTS, GLOBALS,
                 )  # fmt: skip
                 p = probabilities(scores, stats_ptr, rows[:, None], (m < Tq)[:, None], rows_total, MASK)
                 dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import (
+    attention_blocked,
     attention_decode,
     attention_launch,
     attention_native,
     attention_times,
     attention_trial,
 )
-from fusekit.kernels.attention_form import Form
+from fusekit.kernels.attention_form import GLOBAL, Form, skipped
 from fusekit.kernels.attention_libraries import LIBRARIES, Library, beyond_libraries
 from fusekit.kernels.attention_tiles import LOG2E
 from fusekit.kernels.config_table import target_of
@@ -104,7 +105,19 @@ def choose(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Choice:
 
 def describe(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
     """Who runs this call on its device, and why, for a report."""
-    return str(choose(q, k, v, form)) if on_gpu(q) else f"CPU {attention_native.path(q, k, v, form)}"
+    if not on_gpu(q):
+        return f"CPU {attention_native.path(q, k, v, form)}" + _skips(q, k, form, attention_blocked.ROWS, 1)
+    chosen = choose(q, k, v, form)
+    own = chosen.name == OWN
+    return f"{chosen}{_skips(q, k, form, *attention_launch.tile(q, v, form))}" if own else str(chosen)
+
+
+def _skips(q: Tensor, k: Tensor, form: Form, rows: int, keys: int) -> str:
+    """What a window leaves out, in words; beside global tokens it depends on where those are."""
+    if form.window is None or form.has_globals:
+        return ""
+    share = skipped(form, q.shape[-2], k.shape[-2], rows, keys)
+    return f", {share:.0%} of key blocks skipped" if share >= 0.01 else ""
 
 
 def measure(
@@ -180,6 +193,8 @@ def _exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
 
 
 def _unknown(form: Form) -> str | None:
+    if form.has_globals:
+        return GLOBAL
     given = form._asdict().items()
     strange = (name for name, value in given if name not in KNOWN and not (value is None or value is False))
     return next(strange, None)

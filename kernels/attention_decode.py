@@ -102,7 +102,7 @@ def _part_kernel(
         scores = capped_scores(products, scale_log2, cap_log2, CAP)
         scores = mask_scores(
             scores, m[:, None], n[None, :], mask_rows, stride_mm, stride_mn, 0.0, None, None, None,
-            Tq, Tk, low, high, 0, MASK, BAND, True, 0, False,
+            None, None, Tq, Tk, low, high, 0, MASK, BAND, True, 0, False, 0,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -222,7 +222,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     mask, mask_strides = _broadcast(form.mask, q, k)
     block_m, (block_n, warps, stages) = _rows(q, k), _config(q, v, form)
     constants = _constants(q, v, form, block_m, block_n)
-    for absent in ("DROPOUT", "ALIBI", "DOCUMENTS"):
+    for absent in ("DROPOUT", "ALIBI", "DOCUMENTS", "GLOBALS"):
         del constants[absent]
     first, last, keys, parts = split(q, k, v, form)
     group, rows = H // kv_heads, B * H * Tq

@@ -6,11 +6,13 @@ The band: query i stands at place i + offset among the keys. `causal` lets it se
     high = offset where causal, else none;   low = offset - window + 1 where there is a window, else none.
 
 offset = Tk - Tq aligns the last query with the last key, as a cache needs it; |i - j| <= W is causal with
-offset W and window 2 W + 1.
+offset W and window 2 W + 1 (`around`).
 
 ALiBi: slope (key place - query place) is added to the scores of each head, that is slope (j - i - offset);
 with `places`, slope places[j], which says the same of padded sequences up to a constant a row.
 Documents: query i sees key j only where documents[i] = key_documents[j], whatever the order of the numbers.
+Global tokens: where global_queries[i] or global_keys[j], the window does not hold; `causal` holds still, or,
+with `global_ahead`, does not hold either. A mask and documents hold for all.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusekit.kernels.attention_span import Span, ends, indices
+
 UNBOUNDED = 1 << 30
+GLOBAL = "global tokens beside a window"
 
 
 # Those of a Form's fields that hold tensors.
-TENSORS = ("mask", "seed", "sinks", "slopes", "places", "documents", "key_documents")
+TENSORS = (
+    "mask", "seed", "sinks", "slopes", "places", "documents", "key_documents", "global_queries", "global_keys"
+)  # fmt: skip
 
 
 class Form(NamedTuple):
@@ -45,6 +52,9 @@ class Form(NamedTuple):
     places: Tensor | None = None
     documents: Tensor | None = None
     key_documents: Tensor | None = None
+    global_queries: Tensor | None = None
+    global_keys: Tensor | None = None
+    global_ahead: bool = False
 
     def without_tensors(self) -> Form:
         nothing: dict[str, Any] = dict.fromkeys(TENSORS)
@@ -60,7 +70,7 @@ class Form(NamedTuple):
     def demands(self) -> int:
         """How many things beyond a band take registers in a kernel."""
         given = (self.mask, self.softcap, self.slopes, self.documents)
-        return sum(x is not None for x in given) + (self.dropout > 0.0)
+        return sum(x is not None for x in given) + (self.dropout > 0.0) + self.has_globals
 
     @property
     def document_ids(self) -> tuple[Tensor, Tensor] | None:
@@ -71,6 +81,23 @@ class Form(NamedTuple):
         return rows_of(self.documents), rows_of(keys)
 
     @property
+    def has_globals(self) -> bool:
+        """Whether there are global tokens, and a bound that does not hold for them."""
+        given = self.global_queries is not None or self.global_keys is not None
+        return given and (self.window is not None or (self.causal and self.global_ahead))
+
+    @property
+    def is_by_element(self) -> bool:
+        """Whether batch elements may see different keys, a mask aside."""
+        flags = (self.global_queries, self.global_keys) if self.has_globals else ()
+        return self.documents is not None or any(x is not None and len(rows_of(x)) > 1 for x in flags)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """(low, high) with low <= key - query <= high for the keys that a global query sees."""
+        return -UNBOUNDED, UNBOUNDED if self.global_ahead else self.band[1]
+
+    @property
     def band(self) -> tuple[int, int]:
         """(low, high) with low <= key - query <= high for the keys that are seen."""
         return band(self.causal, self.window, self.offset)
@@ -78,7 +105,13 @@ class Form(NamedTuple):
     @property
     def is_banded(self) -> bool:
         """Whether there is more to the band than keys up to the query's own index, or nothing."""
-        return self.window is not None or (self.causal and self.offset != 0)
+        return self.window is not None or (self.causal and (self.offset != 0 or self.has_globals))
+
+
+def around(before: int, behind: int, offset: int = 0) -> dict[str, Any]:
+    """The arguments of `attention` for a window on both sides of each query: `before` keys in front of its
+    place, that key, and `behind` keys behind it."""
+    return {"causal": True, "window": before + 1 + behind, "offset": offset + behind}
 
 
 def band(causal: bool, window: int | None, offset: int) -> tuple[int, int]:
@@ -86,26 +119,50 @@ def band(causal: bool, window: int | None, offset: int) -> tuple[int, int]:
     return low, offset if causal else UNBOUNDED
 
 
+def dense(
+    sizes: tuple[int, int], causal: bool, window: int | None, offset: int, global_queries: Tensor | None,
+    global_keys: Tensor | None, global_ahead: bool, device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Which keys the queries see by their place, (Tq, Tk), or with global tokens (B or 1, 1, Tq, Tk)."""
+    low, high = band(causal, window, offset)
+    whole = torch.ones(sizes, dtype=torch.bool, device=device)
+    seen, reached = whole.tril(high).triu(low), whole.tril(UNBOUNDED if global_ahead else high)
+    for flags, dim in ((global_queries, -1), (global_keys, -2)):
+        if flags is not None:
+            seen = seen | (rows_of(flags).unsqueeze(1).unsqueeze(dim) & reached)
+    return seen
+
+
 def rows_of(x: Tensor) -> Tensor:
     """(length,) as (1, length); (B, length) as it is."""
     return x if x.ndim == 2 else x[None]
 
 
-def seen(form: Form, rows: range, keys: range) -> Tensor | None:
+def seen(band: tuple[int, int], rows: Span, keys: Span) -> Tensor | None:
     """Which of these keys these queries see, (rows, keys) boolean on the CPU; None for all."""
-    low, high = form.band
-    furthest, nearest = keys.stop - 1 - rows.start, keys.start - (rows.stop - 1)
-    if low <= nearest and furthest <= high:
+    low, high = band
+    (first_row, last_row), (first_key, last_key) = ends(rows), ends(keys)
+    if low <= first_key - (last_row - 1) and last_key - 1 - first_row <= high:
         return None
-    distance = torch.arange(keys.start, keys.stop) - torch.arange(rows.start, rows.stop)[:, None]
+    distance = indices(keys) - indices(rows)[:, None]
     return (distance >= low) & (distance <= high)
 
 
-def keys_of(form: Form, rows: range, Tk: int) -> range:
+def keys_of(band: tuple[int, int], rows: Span, Tk: int) -> range:
     """The keys that any of these queries sees lie in this range."""
-    low, high = form.band
-    start = max(0, rows.start + low)
-    return range(start, max(start, min(Tk, rows.stop + high)))
+    low, high = band
+    first, last = ends(rows)
+    start = min(Tk, max(0, first + low))
+    return range(start, max(start, min(Tk, last + high)))
+
+
+def skipped(form: Form, Tq: int, Tk: int, rows: int, keys: int) -> float:
+    """The share of blocks of (rows, keys) scores that lie outside of the band."""
+    met = 0
+    for start in range(0, Tq, rows):
+        seen_keys = keys_of(form.band, range(start, min(start + rows, Tq)), Tk)
+        met += -(-seen_keys.stop // keys) - seen_keys.start // keys if len(seen_keys) else 0
+    return 1.0 - met / max(1, -(-Tq // rows) * -(-Tk // keys))
 
 
 def pairs(causal: bool, window: int | None, offset: int, Tq: int, Tk: int) -> int:

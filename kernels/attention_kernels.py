@@ -14,6 +14,7 @@ Shape suffixes: M queries, N keys, D and DV features.
 from __future__ import annotations
 
 from fusekit.kernels._triton import tl, triton
+from fusekit.kernels.attention_globals import keys_visited, queries_visited, visited
 from fusekit.kernels.attention_tiles import (
     capped_scores,
     head_offset,
@@ -32,14 +33,16 @@ from fusekit.kernels.attention_tiles import (
 
 @triton.jit
 def _forward_blocks(
-    acc, total, largest, q, k_ptr, v_ptr, mask_ptr, slope, places_ptr, documents_ptr, key_documents_ptr, m,
-    first, last, stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
+    acc, total, largest, q, k_ptr, v_ptr, mask_ptr, slope, places_ptr, documents_ptr, key_documents_ptr,
+    global_queries_ptr, global_keys_ptr, blocks_ptr, left, jump, m, first, last, end,
+    stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
     Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr, BOUNDED: tl.constexpr,
-    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(first, last, BLOCK_N):
+    for step in tl.range(first, end, BLOCK_N):
+        start = visited(step, last, blocks_ptr, left, jump, BLOCK_N) if GLOBALS != 0 else step
         n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, n, stride_kn, stride_kd, Tk, D, BLOCK_D)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -47,8 +50,8 @@ def _forward_blocks(
         if MASK != 0 or BOUNDED or ALIBI != 0:
             scores = mask_scores(
                 scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, slope, places_ptr,
-                documents_ptr, key_documents_ptr, Tq, Tk, low, high, offset,
-                MASK, BAND, BOUNDED, ALIBI, DOCUMENTS,
+                documents_ptr, key_documents_ptr, global_queries_ptr, global_keys_ptr,
+                Tq, Tk, low, high, offset, MASK, BAND, BOUNDED, ALIBI, DOCUMENTS, GLOBALS,
             )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         # A masked row may have met no key yet, and -inf - -inf is NaN. Else every row meets key 0 at once.
@@ -69,15 +72,15 @@ def _forward_blocks(
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
-    ranges_ptr, seed_ptr, out_ptr, stats_ptr,
+    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr, seed_ptr, out_ptr, stats_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    stride_sb, stride_sh, stride_pb, stride_db, stride_eb, stride_gb, stride_hb,
     H, GROUP, Tq, Tk, rows_total, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     head_index = tl.program_id(0) // blocks
@@ -98,6 +101,9 @@ def _forward_kernel(
     if DOCUMENTS:
         documents_ptr += batch.to(tl.int64) * stride_db
         key_documents_ptr += batch.to(tl.int64) * stride_eb
+    if GLOBALS != 0:
+        global_queries_ptr += batch.to(tl.int64) * stride_gb
+        global_keys_ptr += batch.to(tl.int64) * stride_hb
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr) + seed_offset
@@ -105,6 +111,12 @@ def _forward_kernel(
     first, last = keys_seen(block, Tk, low, high, BLOCK_M, BLOCK_N, BAND)
     if DOCUMENTS:
         first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_N)
+    end, left, jump = last, 0, 0
+    if GLOBALS != 0:
+        first, last, end, blocks_ptr, left, jump = keys_visited(
+            first, last, block, batch, m, Tq, Tk, high, global_queries_ptr, blocks_ptr, ranges_ptr,
+            BLOCK_M, BLOCK_N, DOCUMENTS, GLOBALS,
+        )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -114,16 +126,20 @@ def _forward_kernel(
         whole = whole // BLOCK_N * BLOCK_N  # blocks before this need neither causal nor end-of-keys test
         acc, total, largest = _forward_blocks(
             acc, total, largest, q, k_ptr, v_ptr, mask_ptr, slope, places_ptr, documents_ptr,
-            key_documents_ptr, m, 0, whole, stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
+            key_documents_ptr, global_queries_ptr, global_keys_ptr, blocks_ptr, 0, 0, m, 0, whole, whole,
+            stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
             Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, 0, CAP, DROPOUT, False, ALIBI, DOCUMENTS, PRECISION,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            MASK, 0, CAP, DROPOUT, False, ALIBI, DOCUMENTS, GLOBALS, PRECISION,
         )  # fmt: skip
         first = whole
     acc, total, largest = _forward_blocks(
         acc, total, largest, q, k_ptr, v_ptr, mask_ptr, slope, places_ptr, documents_ptr,
-        key_documents_ptr, m, first, last, stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
+        key_documents_ptr, global_queries_ptr, global_keys_ptr, blocks_ptr, left, jump, m, first, last, end,
+        stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
         Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, BAND, CAP, DROPOUT, True, ALIBI, DOCUMENTS, PRECISION,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        MASK, BAND, CAP, DROPOUT, True, ALIBI, DOCUMENTS, GLOBALS, PRECISION,
     )  # fmt: skip
 
     if sinks_ptr is not None:  # one logit more in the sum, which brings no value
@@ -151,15 +167,16 @@ def _forward_kernel(
 @triton.jit
 def _grad_query_kernel(
     dy_ptr, q_ptr, k_ptr, v_ptr, out_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
-    ranges_ptr, seed_ptr, stats_ptr, delta_ptr, dq_ptr,
+    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr, seed_ptr, stats_ptr, delta_ptr, dq_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_sb, stride_sh, stride_pb, stride_db, stride_eb, stride_gb, stride_hb,
     H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # With dP = dy v^T and delta = rowsum(dy * out):  dS = P (dP - delta),  dq = scale dS k
     # delta is stored here for the other kernel, since this one reads dy and out rows anyway.
@@ -189,6 +206,9 @@ def _grad_query_kernel(
     if DOCUMENTS:
         documents_ptr += batch.to(tl.int64) * stride_db
         key_documents_ptr += batch.to(tl.int64) * stride_eb
+    if GLOBALS != 0:
+        global_queries_ptr += batch.to(tl.int64) * stride_gb
+        global_keys_ptr += batch.to(tl.int64) * stride_hb
     if DROPOUT:
         seed = tl.load(seed_ptr) + seed_offset
 
@@ -196,7 +216,14 @@ def _grad_query_kernel(
     first, last = keys_seen(block, Tk, low, high, BLOCK_M, BLOCK_N, BAND)
     if DOCUMENTS:
         first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_N)
-    for start in tl.range(first, last, BLOCK_N):
+    end, left, jump = last, 0, 0
+    if GLOBALS != 0:
+        first, last, end, blocks_ptr, left, jump = keys_visited(
+            first, last, block, batch, m, Tq, Tk, high, global_queries_ptr, blocks_ptr, ranges_ptr,
+            BLOCK_M, BLOCK_N, DOCUMENTS, GLOBALS,
+        )  # fmt: skip
+    for step in tl.range(first, end, BLOCK_N):
+        start = visited(step, last, blocks_ptr, left, jump, BLOCK_N) if GLOBALS != 0 else step
         n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, n, stride_kn, stride_kd, Tk, D, BLOCK_D)
         v = load_rows(v_ptr, n, stride_vn, stride_vd, Tk, DV, BLOCK_DV)
@@ -204,8 +231,8 @@ def _grad_query_kernel(
         scores = capped_scores(products, scale_log2, cap_log2, CAP)
         masked = mask_scores(
             scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, slope, places_ptr,
-            documents_ptr, key_documents_ptr, Tq, Tk, low, high, offset,
-            MASK, BAND, True, ALIBI, DOCUMENTS,
+            documents_ptr, key_documents_ptr, global_queries_ptr, global_keys_ptr,
+            Tq, Tk, low, high, offset, MASK, BAND, True, ALIBI, DOCUMENTS, GLOBALS,
         )  # fmt: skip
         p = probabilities(masked, stats_ptr, rows[:, None], (m < Tq)[:, None], rows_total, MASK)
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
@@ -221,15 +248,17 @@ def _grad_query_kernel(
 @triton.jit
 def _grad_key_value_kernel(
     dy_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
-    ranges_ptr, seed_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
+    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr,
+    seed_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_pb, stride_db, stride_eb,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_sb, stride_sh, stride_pb, stride_db, stride_eb, stride_gb, stride_hb,
     H, GROUP, Tq, Tk, rows_total, scale, scale_log2, cap_log2, low, high, offset, dropout, seed_offset,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # dv = P^T dy,  dk = scale dS^T q, summed over the query heads of the group. Tiles are held transposed,
     # (N, M), so that both products take them as the left operand. One masked loop: split in two, triton 3.6
@@ -249,14 +278,23 @@ def _grad_key_value_kernel(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    first, last = queries_seeing(block, Tq, low, high, BLOCK_M, BLOCK_N, BAND)
-    if DOCUMENTS:
-        first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_M)
     if ALIBI == 2:
         places_ptr += batch.to(tl.int64) * stride_pb
     if DOCUMENTS:
         documents_ptr += batch.to(tl.int64) * stride_db
         key_documents_ptr += batch.to(tl.int64) * stride_eb
+    if GLOBALS != 0:
+        global_queries_ptr += batch.to(tl.int64) * stride_gb
+        global_keys_ptr += batch.to(tl.int64) * stride_hb
+    first, last = queries_seeing(block, Tq, low, high, BLOCK_M, BLOCK_N, BAND)
+    if DOCUMENTS:
+        first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_M)
+    end, left, jump = last, 0, 0
+    if GLOBALS != 0:
+        first, last, end, blocks_ptr, left, jump = queries_visited(
+            first, last, block, batch, n, Tq, Tk, high, global_keys_ptr, blocks_ptr, ranges_ptr,
+            BLOCK_M, BLOCK_N, DOCUMENTS, GLOBALS,
+        )  # fmt: skip
     for member in tl.range(0, GROUP, num_stages=1):
         head = kv_head * GROUP + member
         head_index = batch * H + head
@@ -268,7 +306,8 @@ def _grad_key_value_kernel(
         slope = 0.0
         if ALIBI != 0:
             slope = slope_of(slopes_ptr, stride_sb, stride_sh, batch, head)
-        for start in tl.range(first, last, BLOCK_M):
+        for step in tl.range(first, end, BLOCK_M):
+            start = visited(step, last, blocks_ptr, left, jump, BLOCK_M) if GLOBALS != 0 else step
             m = start + tl.arange(0, BLOCK_M)
             rows = head_index.to(tl.int64) * Tq + m
             q = load_rows(q_head, m, stride_qm, stride_qd, Tq, D, BLOCK_D)
@@ -278,8 +317,8 @@ def _grad_key_value_kernel(
             scores = capped_scores(products, scale_log2, cap_log2, CAP)
             masked = mask_scores(
                 scores, m[None, :], n[:, None], mask_head, stride_mm, stride_mn, slope, places_ptr,
-                documents_ptr, key_documents_ptr, Tq, Tk, low, high, offset,
-                MASK, BAND, True, ALIBI, DOCUMENTS,
+                documents_ptr, key_documents_ptr, global_queries_ptr, global_keys_ptr,
+                Tq, Tk, low, high, offset, MASK, BAND, True, ALIBI, DOCUMENTS, GLOBALS,
             )  # fmt: skip
             p = probabilities(masked, stats_ptr, rows[None, :], (m < Tq)[None, :], rows_total, MASK)
             dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)

@@ -12,7 +12,9 @@ from fusekit.kernels.attention_kernels import _forward_kernel, _grad_key_value_k
 from fusekit.kernels.attention_rows import Rows
 from fusekit.kernels.attention_tiles import (
     ADDITIVE_MASK,
+    AHEAD,
     BAND,
+    BEHIND,
     BOOL_MASK,
     CAPPED,
     CAPPED_EXACTLY,
@@ -21,6 +23,7 @@ from fusekit.kernels.attention_tiles import (
     INDICES,
     LOG2E,
     NO_ALIBI,
+    NO_GLOBALS,
     NO_MASK,
     PLACES,
     UNCAPPED,
@@ -74,6 +77,7 @@ CONFIGS_FLOAT32 = {
 FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
 IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
 IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
+IEEE_GLOBALS_64 = (16, 16, 8, 2)  # grad_key_value
 
 
 def _padded(features: int) -> int:
@@ -102,11 +106,18 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, in
     return plain
 
 
+def tile(q: Tensor, v: Tensor, form: Form) -> tuple[int, int]:
+    """Queries and keys of a block of the forward kernel."""
+    return _blocks("forward", q, v, form)[:2]
+
+
 def _blocks_float32(kernel: str, widest: int, more: bool, form: Form, q: Tensor) -> tuple[int, int, int, int]:
     if not form.tf32 and (kernel, widest) in IEEE_FLOAT32 and target_of(capability(q)) != "sm_90":
         return IEEE_FLOAT32[kernel, widest]
     if (kernel, widest) == ("grad_key_value", 128) and form.documents is not None and not form.tf32:
         return IEEE_DOCUMENTS_128
+    if (kernel, widest) == ("grad_key_value", 64) and form.has_globals and not form.tf32:
+        return IEEE_GLOBALS_64
     base = CONFIGS_FLOAT32[kernel][widest]
     return FORMS_FLOAT32.get((kernel, widest), base) if more else base
 
@@ -125,6 +136,7 @@ def _constants(q: Tensor, v: Tensor, form: Form, block_m: int, block_n: int) -> 
         "BLOCK_M": block_m, "BLOCK_N": block_n, "MASK": given,
         "BAND": BAND if form.is_banded else CAUSAL if form.causal else FULL, "CAP": cap,
         "DROPOUT": form.dropout > 0.0, "ALIBI": alibi, "DOCUMENTS": form.documents is not None,
+        "GLOBALS": NO_GLOBALS if not form.has_globals else AHEAD if form.global_ahead else BEHIND,
         "PRECISION": "tf32" if form.tf32 else "ieee",
     }  # fmt: skip
 
@@ -156,10 +168,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     constants = _constants(q, v, form, block_m, block_n)
     out = q.new_empty((B, Tq, H, v.shape[-1]))
     stats = q.new_empty((1 + (constants["MASK"] == ADDITIVE_MASK), B, H, Tq), dtype=torch.float32)
-    rows = Rows.of(form, B)
+    rows = Rows.of(form, q, k)
     launch(
         _forward_kernel, (B * H * triton.cdiv(Tq, block_m),),
-        q, k, v, mask, form.sinks, *rows, rows.key_ranges(block_m), form.seed, out, stats,
+        q, k, v, mask, form.sinks, *rows, rows.key_ranges(block_m), rows.global_key_blocks(block_n),
+        form.seed, out, stats,
         *q.stride(), *k.stride(), *v.stride(), *mask_strides, *rows.strides,
         H, H // k.shape[1], Tq, Tk, B * H * Tq, *_score_numbers(form), form.dropout, form.seed_offset,
         **constants, num_warps=warps, num_stages=stages,
@@ -176,7 +189,7 @@ def backward(
     delta = stats.new_empty((B, H, Tq))
     dq = q.new_empty((B, Tq, H, D))
     dk, dv = k.new_empty((B, Tk, kv_heads, D)), v.new_empty((B, Tk, kv_heads, DV))
-    rows = Rows.of(form, B)
+    rows = Rows.of(form, q, k)
     strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *mask_strides, *rows.strides)
     scores = _score_numbers(form)
     numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, form.scale, *scores, form.dropout, form.seed_offset)
@@ -184,14 +197,16 @@ def backward(
     block_m, block_n, warps, stages = _blocks("grad_query", q, v, form)
     launch(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
-        dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), form.seed, stats, delta, dq,
+        dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), rows.global_key_blocks(block_n),
+        form.seed, stats, delta, dq,
         *strides, *numbers,
         **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_m, block_n, warps, stages = _blocks("grad_key_value", q, v, form)
     launch(
         _grad_key_value_kernel, (B * kv_heads * triton.cdiv(Tk, block_n),),
-        dy, q, k, v, mask, *rows, rows.query_ranges(block_n), form.seed, stats, delta, dk, dv,
+        dy, q, k, v, mask, *rows, rows.query_ranges(block_n), rows.global_query_blocks(block_m),
+        form.seed, stats, delta, dk, dv,
         *strides, *numbers,
         **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import attention_cpu, philox
-from fusekit.kernels.attention_form import Form
+from fusekit.kernels.attention_form import GLOBAL, Form
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -104,6 +104,8 @@ def _as_rows(x: Tensor, k: Tensor) -> Tensor:
 
 def path(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
     """Who runs a call on a CPU, in words."""
+    if form.has_globals:
+        return f"blocks: {GLOBAL}"
     if form.is_banded:
         return "blocks: window" if form.window is not None else "blocks: causal with an offset"
     if not form.is_plain:

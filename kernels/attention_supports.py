@@ -34,6 +34,9 @@ def supports(
     places: Tensor | None = None,
     documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    global_queries: Tensor | None = None,
+    global_keys: Tensor | None = None,
+    global_ahead: bool = False,
 ) -> str | None:
     """None, or why these arguments cannot be fused."""
     if not (q.ndim == k.ndim == v.ndim == 4):
@@ -56,6 +59,7 @@ def supports(
         or _mask_unfit(q, k, mask)
         or _slopes_unfit(q, k, slopes, places)
         or _documents_unfit(q, k, documents, key_documents)
+        or _globals_unfit(q, k, global_queries, global_keys, global_ahead)
         or not_runnable(q, k, v)
     )
 
@@ -119,6 +123,16 @@ def _documents_unfit(q: Tensor, k: Tensor, documents: Tensor | None, keys: Tenso
     return _not_a_row(q, q.shape[2], documents, "documents", IDS) or (
         None if keys is None else _not_a_row(q, k.shape[2], keys, "key_documents", IDS)
     )
+
+
+def _globals_unfit(
+    q: Tensor, k: Tensor, queries: Tensor | None, keys: Tensor | None, ahead: bool
+) -> str | None:
+    if queries is None and keys is None:
+        return "global_ahead says how far global tokens reach, and there are none" if ahead else None
+    return (
+        None if queries is None else _not_a_row(q, q.shape[2], queries, "global_queries", (torch.bool,))
+    ) or (None if keys is None else _not_a_row(q, k.shape[2], keys, "global_keys", (torch.bool,)))
 
 
 def _not_a_row(q: Tensor, T: int, x: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str | None:

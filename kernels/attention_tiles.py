@@ -3,7 +3,8 @@
 MASK says what a mask tensor holds (NO_MASK, BOOL_MASK, ADDITIVE_MASK), BAND which keys a query sees by its
 place: all, those up to its own index, or low <= key - query <= high. CAP is how scores are capped.
 ALIBI says what slopes are multiplied by, if there are any (NO_ALIBI, INDICES, PLACES); DOCUMENTS whether
-queries and keys have document numbers.
+queries and keys have document numbers; GLOBALS where the band does not hold for global tokens: nowhere,
+behind its upper bound, or anywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 FULL, CAUSAL, BAND = 0, 1, 2
 UNCAPPED, CAPPED, CAPPED_EXACTLY = 0, 1, 2
 NO_ALIBI, INDICES, PLACES = 0, 1, 2
+NO_GLOBALS, BEHIND, AHEAD = 0, 1, 2
 
 
 @triton.jit
@@ -43,9 +45,9 @@ def store_rows(base_ptr, rows, stride_row, block, ROWS, D: tl.constexpr, BLOCK_D
 @triton.jit
 def mask_scores(
     scores, m, n, mask_ptr, stride_mm, stride_mn, slope, places_ptr, documents_ptr, key_documents_ptr,
-    Tq, Tk, low, high, offset,
+    global_queries_ptr, global_keys_ptr, Tq, Tk, low, high, offset,
     MASK: tl.constexpr, BAND: tl.constexpr, BOUNDED: tl.constexpr,
-    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr,
 ):  # fmt: skip
     """Scores with ALiBi's bias, and what may not be attended at -inf. m and n broadcast to the tile, in
     either orientation."""
@@ -69,7 +71,15 @@ def mask_scores(
     if BAND == 1:
         scores = tl.where(n <= m, scores, float("-inf"))
     if BAND == 2:
-        scores = tl.where((n - m >= low) & (n - m <= high), scores, float("-inf"))
+        near = n - m >= low
+        if GLOBALS == 2:
+            near = near & (n - m <= high)
+        if GLOBALS != 0:
+            near = near | (tl.load(global_queries_ptr + m, mask=m < Tq, other=0) != 0)
+            near = near | (tl.load(global_keys_ptr + n, mask=n < Tk, other=0) != 0)
+        if GLOBALS != 2:
+            near = near & (n - m <= high)
+        scores = tl.where(near, scores, float("-inf"))
     if DOCUMENTS:
         ours = tl.load(documents_ptr + m, mask=m < Tq, other=0)
         theirs = tl.load(key_documents_ptr + n, mask=n < Tk, other=0)

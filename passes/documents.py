@@ -49,11 +49,11 @@ class Documents(NamedTuple):
 def documents_of(part: Part) -> Documents | None:
     """A part of a mask as documents, None where it is something else."""
     name, args = spell(part.node)
-    if name != "eq" or is_written(part.node) or not all(map(_is_whole, args)):
+    if name != ("ne" if part.negated else "eq") or is_written(part.node) or not all(map(_is_whole, args)):
         return None
     index = {a: aligned(a, part.at) for a in args}
     for ours, theirs in (args, args[::-1]):
-        queries, keys = _line(ours, index[ours], OURS), _line(theirs, index[theirs], THEIRS)
+        queries, keys = line(ours, index[ours], OURS), line(theirs, index[theirs], THEIRS)
         if queries is not None and keys is not None:
             own, places = _proved(element(ours, index[ours]), element(theirs, index[theirs]))
             return Documents(queries, keys, own, places)
@@ -64,7 +64,7 @@ def _is_whole(x: Any) -> bool:
     return isinstance(x, fx.Node) and getattr(value_of(x), "dtype", None) in EXACT and not is_written(x)
 
 
-def _line(node: fx.Node, index: Index, own: Affine) -> Any:
+def line(node: fx.Node, index: Index, own: Affine) -> Any:
     """(length,) or (batch, length) of a tensor that depends on nothing else."""
     used = [i for i in index if i != ZERO]
     if used not in ([own], [BATCH, own]):

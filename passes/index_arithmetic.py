@@ -67,6 +67,16 @@ def element(node: Any, index: Index) -> Value:
     return read(node, index) if found is None and value_of(node).dtype in EXACT else found
 
 
+def opposite(node: fx.Node, index: Index) -> Value:
+    """What the complement of a boolean `node` says at `index`: of a comparison the other one, which tells
+    more than the opposite of what was read where an absolute value is compared."""
+    name, args = spell(node)
+    if name in _OTHERWISE and not is_written(node):
+        return _READERS[_OTHERWISE[name]](node, args, index)
+    value = element(node, index)
+    return value.opposite() if isinstance(value, Predicate) else None
+
+
 def read(node: fx.Node, index: Index) -> Affine:
     """The element, as a number that is not known until the model runs."""
     return Affine(0, frozenset({(Reading(node, index), 1)}))
@@ -305,6 +315,7 @@ def _ones(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     return TRUE if constant(node) == 1 else None
 
 
+_OTHERWISE = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt"}  # of whole numbers, which are never NaN
 _READERS: dict[str, Callable[[fx.Node, tuple[Any, ...], Index], Value]] = {
     "arange": _arange,
     "unsqueeze": _unwrap,

@@ -6,40 +6,41 @@ index arithmetic is followed through views and gathers as affine forms, comparis
 everything else stays a tensor. Only what is proved is dropped: atoms that bound `key - query` by a number,
 which are the op's causal, window and offset, and atoms that are constant and true. A wrong proof would train
 another model without a sound, so there is no guessing here: whatever is not understood keeps its tensor.
-One equality of numbers of the query and of the key becomes the op's documents (documents.py). Sizes may be
-symbolic.
+One equality of numbers of the query and of the key becomes the op's documents (documents.py), a band or
+booleans of query and key its global tokens (global_tokens.py). Sizes may be symbolic.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusekit.kernels.attention_form import UNBOUNDED, band
-from fusekit.passes.affine import KEY, QUERY, TRUE, Affine, Predicate, simplified, variables
+from fusekit.kernels.attention_form import band
+from fusekit.passes import global_tokens
+from fusekit.passes.affine import TRUE, Affine, Predicate, simplified, variables
+from fusekit.passes.bands import Band, band_of, is_band
 from fusekit.passes.documents import Documents, documents_of
+from fusekit.passes.global_tokens import Globals
 from fusekit.passes.index_arithmetic import Value, aligned, constant, element, is_written
 from fusekit.passes.mask_parts import Part, parts_of
 from fusekit.passes.spelling import spell, value_of
 
-UP_TO = frozenset({(KEY, 1), (QUERY, -1)})  # key - query + constant <= 0
-FROM = frozenset({(KEY, -1), (QUERY, 1)})
-
 
 class Mask(NamedTuple):
-    """A mask as the op's band (kernels/attention_form.py), documents and `rest`, a node or one to be made;
-    rest None is true everywhere."""
+    """A mask as the op's band (kernels/attention_form.py), documents, global tokens and `rest`, a node or one
+    to be made; rest None is true everywhere."""
 
     causal: bool
     rest: Any
     window: int | None = None
     offset: int = 0
     documents: Documents | None = None
+    globals: Globals | None = None
 
     def leaves_a_key(self, shape: Sequence[Any]) -> bool:
         """Whether every query of a mask of this shape is proved to see a key."""
@@ -53,18 +54,27 @@ class Mask(NamedTuple):
 
 def recover(mask: fx.Node) -> Mask:
     """Take a boolean mask (True may attend; its last two dimensions are query and key) apart."""
-    parts = parts_of(mask)
+    return _joined(parts_of(mask)) or Mask(False, mask)
+
+
+def _joined(parts: list[Part]) -> Mask | None:
+    """Conditions that all must hold as one mask, None where that is none the op has."""
     if any(is_written(part.node) for part in parts):  # it may hold something else by now
-        return Mask(False, mask)
+        return None
     documents, parts = _documents(parts)
     said = [part.predicate() for part in parts]
     if documents is not None:
         said = [documents.by_index(p) for p in said]
+    near, beside = band_of(p for p in said if is_band(p)), None
+    taken = global_tokens.chosen(parts, said, (lambda p: p) if documents is None else documents.by_index)
+    if taken is not None:
+        used, near, beside = taken
+        said = [TRUE if part is used else p for part, p in zip(parts, said, strict=True)]
     rest = [part.tensor for part, p in zip(parts, said, strict=True) if not is_band(p)]
-    found = from_band([p for p in said if is_band(p)])
+    found = from_band(near)
     if found is None or len(rest) > 1 or None in rest:  # joining several again would cost what it saves
-        return Mask(False, mask)
-    return found._replace(rest=rest[0] if rest else None, documents=documents)
+        return None
+    return found._replace(rest=rest[0] if rest else None, documents=documents, globals=beside)
 
 
 def _documents(parts: list[Part]) -> tuple[Documents | None, list[Part]]:
@@ -85,7 +95,7 @@ def recover_additive(mask: fx.Node, lowest: float) -> Mask | None:
     be replaced.
     """
     allowed = _additive_predicate(mask, lowest)
-    found = from_band([allowed]) if is_band(allowed) else _chosen(mask, lowest)
+    found = from_band(band_of([allowed])) if is_band(allowed) else _chosen(mask, lowest)
     return found if found is not None and found.leaves_a_key(value_of(mask).shape) else None
 
 
@@ -104,18 +114,19 @@ def _chosen(mask: fx.Node, lowest: float) -> Mask | None:
 
 
 def recover_forbidden(mask: fx.Node) -> Mask | None:
-    """Read a boolean mask that is True where a key may not be attended to; None where that takes a complement
-    to be computed."""
+    """Read a boolean mask that is True where a key may not be attended to; None where all that is left is its
+    complement."""
     if is_written(mask):
         return None
     name, args = spell(mask)
-    if name == "not" and value_of(args[0]).dtype == torch.bool:
-        return recover(args[0])
     if name == "to" and _is_floating(args[0]):  # MPT's: finfo.min is true, and 0 false
         return _chosen(args[0], -math.ulp(0.0))
+    if value_of(mask).dtype == torch.bool:
+        found = _joined(parts_of(mask, forbidden=True))
+        return found if found is not None and found._replace(rest=None) != Mask(False, None) else None
     forbidden = predicate(mask)
     allowed = None if forbidden is None else forbidden.opposite()
-    return from_band([allowed]) if is_band(allowed) else None
+    return from_band(band_of([allowed])) if is_band(allowed) else None
 
 
 def split_additive(mask: fx.Node, lowest: float) -> Mask | None:
@@ -148,21 +159,10 @@ def _is_floating(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(value, Tensor) and value.is_floating_point()
 
 
-def is_band(found: Predicate | None) -> bool:
-    """Whether all that is said is how far a key may be from a query."""
-    return found is not None and all(atom.terms in (UP_TO, FROM) for atom in found.atoms)
-
-
-def from_band(predicates: Iterable[Predicate | None]) -> Mask | None:
-    """All of these bands at once; None where that is none the op has."""
-    atoms = [atom for p in predicates if p is not None for atom in p.atoms]
-    high = min((-atom.constant for atom in atoms if atom.terms == UP_TO), default=None)
-    low = max((atom.constant for atom in atoms if atom.terms == FROM), default=None)
-    offset = high or 0
-    window = None if low is None else offset - low + 1
-    if abs(offset) >= UNBOUNDED or (window is not None and not 0 < window < UNBOUNDED):
-        return None
-    return Mask(high is not None, None, window, offset)
+def from_band(found: Band) -> Mask | None:
+    """A mask that is a band and nothing else, None where that is none the op has."""
+    arguments = found.as_arguments()
+    return None if arguments is None else Mask(arguments[0], None, *arguments[1:])
 
 
 def predicate(mask: fx.Node) -> Predicate | None:

@@ -214,6 +214,9 @@ _RESPELL: dict[str, Callable[[fx.Node, str, tuple[Any, ...]], Spelling]] = {
     "logical_and": _keep(2, "and"),
     "bitwise_and": _keep(2, "and"),
     "__and__": _keep(2, "and"),
+    "logical_or": _keep(2, "or"),
+    "bitwise_or": _keep(2, "or"),
+    "__or__": _keep(2, "or"),
     "cross_entropy_loss": _keep(2),  # the settings: `filled`
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,

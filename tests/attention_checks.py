@@ -19,6 +19,11 @@ def heads(device: str, B: int, T: int, H: int, D: int, dtype: torch.dtype = torc
     return torch.randn(B, T, H, D).to(device, dtype).transpose(1, 2).requires_grad_()
 
 
+def tokens(T: int, *chosen: int) -> Tensor:
+    """(T,) flags of the chosen tokens."""
+    return torch.zeros(T, dtype=torch.bool).index_fill(0, torch.tensor(chosen, dtype=torch.int64), True)
+
+
 def arguments(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
     """All arguments in the schema's order."""
     values = {**DEFAULTS, "q": q, "k": k, "v": v, **given}

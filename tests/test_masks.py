@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusekit.kernels.attention_form import band, rows_of
+from fusekit.passes.global_tokens import Globals
 from fusekit.passes.masks import Mask, recover, recover_additive, split_additive
 from fusekit.passes.normalise import normalise_graph
 from fusekit.passes.pattern import New
@@ -42,19 +43,34 @@ def _run(graph: fx.GraphModule, node: fx.Node, *inputs: Tensor) -> Tensor:
 def _value(graph: fx.GraphModule, found: Any, *inputs: Tensor) -> Tensor:
     """The value of an inner node, or of one to be made of it."""
     if isinstance(found, New):
-        return found.target(_run(graph, found.args[0], *inputs), *found.args[1:])
-    return _run(graph, found, *inputs)
+        return found.target(*(_value(graph, x, *inputs) for x in found.args))
+    return _run(graph, found, *inputs) if isinstance(found, fx.Node) else found
 
 
 def _seen(graph: fx.GraphModule, found: Mask, rows: int, columns: int, *inputs: Tensor) -> Tensor:
-    """The band and the documents as a dense mask, without the rest."""
+    """The band, global tokens and documents as a dense mask, without the rest."""
     low, high = band(found.causal, found.window, found.offset)
     seen = torch.ones(rows, columns, dtype=torch.bool).tril(high).triu(low)
+    if found.globals is not None:
+        seen = seen | _global(graph, found.globals, rows, columns, high, *inputs)
     if found.documents is None:
         return seen
     ours, theirs = (rows_of(_value(graph, x, *inputs)) for x in found.documents[:2])
     assert ours.shape in ((1, rows), (2, rows)) and theirs.shape in ((1, columns), (2, columns))
     return seen & (ours[:, None, :, None] == theirs[:, None, None, :])
+
+
+def _global(
+    graph: fx.GraphModule, found: Globals, rows: int, columns: int, high: int, *inputs: Tensor
+) -> Tensor:
+    """What global tokens see and are seen by, (1 or 2, 1, rows, columns)."""
+    seen = torch.zeros(1, 1, rows, columns, dtype=torch.bool)
+    for flags, size, dim in ((found.queries, rows, -1), (found.keys, columns, -2)):
+        if flags is not None:
+            value = rows_of(_value(graph, flags, *inputs))
+            assert value.dtype == torch.bool and value.shape in ((1, size), (2, size))
+            seen = seen | value[:, None].unsqueeze(dim)
+    return seen if found.ahead else seen & torch.ones(rows, columns, dtype=torch.bool).tril(high)
 
 
 def _is_consistent(build: Callable[..., Tensor], rows: int, columns: int, *inputs: Tensor) -> Mask:
@@ -346,7 +362,8 @@ NEARLY: dict[str, Callable[[Tensor], Tensor]] = {
         torch.arange(5)[None, :] <= torch.arange(5)[:, None]
     ),
     "this or that": lambda pad: (
-        _window(torch.arange(5)[:, None], torch.arange(5)[None, :], 2) | (torch.arange(5)[None, :] == 0)
+        _window(torch.arange(5)[:, None], torch.arange(5)[None, :], 2)
+        | (torch.arange(5)[None, :] == torch.arange(5)[:, None] + 3)
     ),
     "outside a window": lambda pad: ~_window(torch.arange(5)[:, None], torch.arange(5)[None, :], 2),
     "of floats": lambda pad: torch.arange(5.0)[None, :] * 0.5 <= torch.arange(5.0)[:, None],

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.clock import Call
 from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.attention import reference as attention_reference
-from fusekit.kernels.attention_form import band
+from fusekit.kernels.attention_form import dense
 from fusekit.kernels.op import Op, Sample
 
 MEASURED = OPS | FP8_OPS
@@ -125,18 +125,18 @@ def _add_rms_norm(x, residual, weight, eps, offset=0.0):  # type: ignore[no-unty
 def _attention(
     q, k, v, mask=None, causal=False, scale=None, dropout=0.0, seed=None, seed_offset=0, tf32=False,
     window=None, offset=0, softcap=None, sinks=None, slopes=None, places=None, documents=None,
-    key_documents=None,
+    key_documents=None, global_queries=None, global_keys=None, global_ahead=False,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     if softcap is not None or sinks is not None:  # PyTorch has no such attention: written out
         return attention_reference(
             q, k, v, mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks,
-            slopes, places, documents, key_documents,
+            slopes, places, documents, key_documents, global_queries, global_keys, global_ahead,
         )  # fmt: skip
     for more in (_alibi(q, k, slopes, places, offset), _same_document(documents, key_documents)):
         mask = _joined(mask, more)
-    if window is not None or (causal and (offset or mask is not None)):
-        low, high = band(causal, window, offset)
-        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(high).triu(low)
+    if window is not None or (causal and (offset or global_ahead or mask is not None)):
+        flags = global_queries, global_keys, global_ahead
+        keep = dense((q.shape[-2], k.shape[-2]), causal, window, offset, *flags, q.device)
         mask, causal = _joined(mask, keep), False
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(

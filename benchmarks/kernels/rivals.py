@@ -92,24 +92,30 @@ def _form(q: Tensor, k: Tensor, v: Tensor, *settings: Any, able: tuple[str, ...]
         raise Unfit("draws other random numbers than the op")
     if form.tf32 or q.dtype == torch.float32:
         raise Unfit("takes float16 and bfloat16")
-    for name in ("window", "softcap", "sinks", "slopes", "places", "documents"):
+    rest = ("window", "softcap", "sinks", "slopes", "places", "documents", "global_queries", "global_keys")
+    for name in rest:
         if getattr(form, name) is not None and name not in able:
-            raise Unfit(f"has no {name}")
+            raise Unfit(f"has no {name.replace('_', ' ')}")
     return form
 
 
 def _flash_attention(q, k, v, *settings):  # type: ignore[no-untyped-def]
     form = _form(q, k, v, *settings, able=("window", "softcap", "slopes"))
-    if (form.causal or form.slopes is not None) and form.offset != k.shape[-2] - q.shape[-2]:
+    aligned = k.shape[-2] - q.shape[-2]
+    low, high = (bound - aligned for bound in form.band)
+    both_sides = form.causal and form.window is not None and low <= 0 <= high
+    if (form.causal or form.slopes is not None) and form.offset != aligned and not both_sides:
         raise Unfit("aligns the last query with the last key")
+    if form.slopes is not None and form.offset != aligned:
+        raise Unfit("measures distances from the last query at the last key")
     if not form.causal and (form.window is not None or form.slopes is not None):
         raise Unfit("looks both ways from a query without causal, the op does not")
     from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = flash_attn_func(
-        q, k, v, softmax_scale=form.scale, causal=form.causal,
-        window_size=(-1, -1) if form.window is None else (form.window - 1, 0),
+        q, k, v, softmax_scale=form.scale, causal=form.causal and not (both_sides and high),
+        window_size=(-1, -1) if form.window is None else (-low, high),
         softcap=form.softcap or 0.0,
         alibi_slopes=None if form.slopes is None else form.slopes.float(),
     )  # fmt: skip

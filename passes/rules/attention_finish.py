@@ -13,10 +13,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusekit.kernels.launch import on_gpu
 from fusekit.passes.affine import Index, Predicate
 from fusekit.passes.alibi import alibi_of, heads_apart
+from fusekit.passes.bands import band_of, is_band
 from fusekit.passes.masks import (
     Mask,
     from_band,
-    is_band,
     predicate,
     recover,
     recover_additive,
@@ -89,7 +89,7 @@ def _take_boolean(match: Match) -> str | None:
 
 def _whole(allowed: Predicate | None) -> Mask | None:
     """A mask that is a band and nothing else."""
-    return from_band([allowed]) if is_band(allowed) else None
+    return from_band(band_of([allowed])) if is_band(allowed) else None
 
 
 def _set_band(match: Match, found: Mask) -> None:
@@ -97,6 +97,9 @@ def _set_band(match: Match, found: Mask) -> None:
         match.arguments.update(causal=found.causal, window=found.window, offset=found.offset)
     if found.documents is not None:
         match.arguments.update(documents=found.documents.queries, key_documents=found.documents.keys)
+    if found.globals is not None:
+        queries, keys, ahead = found.globals
+        match.arguments.update(global_queries=queries, global_keys=keys, global_ahead=ahead)
 
 
 def _take_added(match: Match) -> str | None:
@@ -117,7 +120,7 @@ def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> 
         given.get("sinks") is not None or given.get("slopes") is not None
     ):  # beside a sink a row's constant counts
         return False
-    furthest = given.get("offset", 0) if given.get("causal") else None
+    furthest = given.get("offset", 0) if given.get("causal") and not given.get("global_ahead") else None
     found = alibi_of(bias, furthest if isinstance(furthest, int) else None, index)
     if found is None:
         return False
