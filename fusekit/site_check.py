@@ -17,11 +17,12 @@ from torch import Tensor, fx
 
 from fusekit.certificate import SiteCertificate
 from fusekit.fp8_check import check_fp8
-from fusekit.kernels import OPS, attention
+from fusekit.kernels import OPS, attention, linear_fp8
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 from fusekit.passes.region import Fusion
 
 ROUNDS = 5  # of fused and eager in turn; the medians are compared
+MEASURE: dict[str, Callable[..., Any]] = {"attention": attention.measure, "linear_fp8": linear_fp8.measure}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,8 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
     """
     fusion, names = call.fusion, [a.name for a in call.target._schema.arguments]
     args = tuple(_private(a) for a in call.args)
-    if fusion.op == "attention" and timed:
-        attention.measure(*args)  # what is certified below is whoever runs from now on
+    if timed and fusion.op in MEASURE:
+        MEASURE[fusion.op](*args)  # what is certified below is whoever runs from now on
     if "dropout" in names:
         args = _replace(args, names.index("dropout"), 0.0)
     eager, fused = _Replaced(fusion, args, call.extra), call_target(call.target)

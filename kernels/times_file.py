@@ -23,6 +23,7 @@ from fusekit.kernels.config_table import slug
 from fusekit.kernels.cpu_library import cache_folder
 
 Times = dict[str, float]  # seconds by implementation
+WRONG = float("inf")  # seconds of one whose result differs
 OWN = "own kernel"
 RUNS = 15
 
@@ -43,8 +44,12 @@ def fastest(found: Mapping[str, float], able: list[str]) -> Choice | None:
     if OWN not in times or len(times) == 1:
         return None
     best = min(times, key=times.__getitem__)
-    others = (f"{name} {taken * 1e6:.0f}" for name, taken in times.items() if name != best)
+    others = (f"{name} {_told(taken)}" for name, taken in times.items() if name != best)
     return Choice(best, f"measured {times[best] * 1e6:.0f} µs, {', '.join(others)}")
+
+
+def _told(taken: float) -> str:
+    return "differs" if taken == WRONG else f"{taken * 1e6:.0f}"
 
 
 def measured(suite: str, device: torch.device, bucket_key: str) -> Mapping[str, float]:
