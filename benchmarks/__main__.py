@@ -2,7 +2,7 @@
 
 python -m benchmarks                       # or: fusekit bench
 python -m benchmarks --compare old.json new.json
-python -m benchmarks --tune                # measure configurations of products, and who runs attention, here
+python -m benchmarks --tune                # measure configurations of products, and who runs what, here
 python -m benchmarks --report results.json # plots and the page anew, without measuring
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import tune, tune_attention
+from benchmarks import tune, tune_attention, tune_fp8
 from benchmarks.device import device_at_hand, slug
 from benchmarks.kernels import comparison
 from benchmarks.kernels import run as kernel_run
@@ -87,6 +87,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     failed = len(tune.failures(held))
     if not options.dry and options.only is None:
         tune_attention.run(device, console)
+        tune_fp8.run(device, console)
     console.print(
         f"{len(held['done'])} buckets measured, {len(held['shapes'])} in the table of {held['device']}, "
         f"{failed} candidates failed",
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare results; 1: something is slower",
     )
     add("--threshold", type=float, default=0.05, help="with --compare: smallest change (default 0.05)")
-    add("--tune", action="store_true", help="measure matrix products and attention, write the tables")
+    add("--tune", action="store_true", help="measure matrix products, attention and FP8, write the tables")
     add("--only", help="with --tune: only buckets whose key contains this, such as 'half nt'")
     add("--dry", action="store_true", help="with --tune: predicted times and no GPU, to try it")
     add("--report", type=Path, metavar="RESULTS", help="write plots and page of a results file anew")

@@ -17,11 +17,15 @@ from torch import Tensor, fx
 
 from fusekit.certificate import SiteCertificate
 from fusekit.fp8_check import check_fp8
-from fusekit.kernels import OPS, attention
+from fusekit.kernels import OPS, attention, linear_fp8
+from fusekit.kernels.norm_fp8 import WITH_CODES
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 from fusekit.passes.region import Fusion
 
 ROUNDS = 5  # of fused and eager in turn; the medians are compared
+# Timed, a norm quantises nothing: what it replaced did not either.
+WITHOUT_CODES = {with_codes: norm for norm, with_codes in WITH_CODES.items()}
+MEASURE: dict[str, Callable[..., Any]] = {"attention": attention.measure, "linear_fp8": linear_fp8.measure}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,8 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
     """
     fusion, names = call.fusion, [a.name for a in call.target._schema.arguments]
     args = tuple(_private(a) for a in call.args)
-    if fusion.op == "attention" and timed:
-        attention.measure(*args)  # what is certified below is whoever runs from now on
+    if timed and fusion.op in MEASURE:
+        MEASURE[fusion.op](*args)  # what is certified below is whoever runs from now on
     if "dropout" in names:
         args = _replace(args, names.index("dropout"), 0.0)
     eager, fused = _Replaced(fusion, args, call.extra), call_target(call.target)
@@ -76,8 +80,11 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
             {name: fused_results[name] for name in eager_results}, eager_results, truth, dtype=dtype,
             terms=longest_sum(args), inherent=OPS[fusion.op].inherent, tf32=_is_tf32(names, args),
         )  # fmt: skip
-    whole = tuple(map(_without_operands, args))
-    seconds = _times(lambda: _step(fused, whole), lambda: eager.step(args)) if timed else (None, None)
+    whole, alone = tuple(map(_without_operands, args)), fused
+    if call.target in WITHOUT_CODES:
+        alone = call_target(WITHOUT_CODES[call.target])
+        whole = args[: len(WITHOUT_CODES[call.target]._schema.arguments)]
+    seconds = _times(lambda: _step(alone, whole), lambda: eager.step(args)) if timed else (None, None)
     return SiteCertificate(
         site=fusion.site, op=fusion.op, rule=fusion.rule, location=fusion.location, dtype=_name(dtype),
         shapes=tuple(tuple(args[i].shape) for i in eager.positions), checks=tuple(checks),

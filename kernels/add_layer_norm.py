@@ -46,37 +46,53 @@ def reference(
 
 
 @triton.jit
+def normalised_rows(
+    x_ptr, residual_ptr, h_ptr, mean_ptr, rstd_ptr, x_stride, residual_stride, row, column, weight, bias,
+    M, N, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """y of these rows in float32; stores h, mean and rstd."""
+    inside = (row < M)[:, None] & (column < N)
+    wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
+    h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
+    if residual_ptr is not None:
+        r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+        tl.store(h_ptr + wide_row * N + column, h, mask=inside)
+    h = h.to(tl.float32)
+    mean = tl.sum(h, 1) / N
+    centred = tl.where(column < N, h - mean[:, None], 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1) / N + eps))
+    tl.store(mean_ptr + row, mean, mask=row < M)
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    y = centred * rstd[:, None]
+    if WEIGHT:
+        y *= weight
+    if BIAS:
+        y += bias
+    return y
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     x_stride, residual_stride, M, N, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_N)[None, :]
+    weight = 1.0
+    bias = 0.0
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        y = normalised_rows(
+            x_ptr, residual_ptr, h_ptr, mean_ptr, rstd_ptr, x_stride, residual_stride, row, column, weight,
+            bias, M, N, eps, weight_ptr is not None, bias_ptr is not None,
+        )  # fmt: skip
         inside = (row < M)[:, None] & (column < N)
-        wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
-        h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
-        if residual_ptr is not None:
-            r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
-            h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
-            tl.store(h_ptr + wide_row * N + column, h, mask=inside)
-        h = h.to(tl.float32)
-        mean = tl.sum(h, 1) / N
-        centred = tl.where(column < N, h - mean[:, None], 0.0)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1) / N + eps))
-        tl.store(mean_ptr + row, mean, mask=row < M)
-        tl.store(rstd_ptr + row, rstd, mask=row < M)
-        y = centred * rstd[:, None]
-        if weight_ptr is not None:
-            y *= weight
-        if bias_ptr is not None:
-            y += bias
-        tl.store(y_ptr + wide_row * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + row.to(tl.int64)[:, None] * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -217,20 +233,24 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("add_layer_norm")
-        dy, dh = grad_outputs
-        x_needed, residual_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
-        if dy is None:  # only the sum was used
-            return dh if x_needed else None, dh if residual_needed else None, None, None, None
-        needed = [x_needed or residual_needed, weight_needed, bias_needed]
-        dx, dweight, dbias = _backward(dy, dh, *ctx.saved_tensors, needed)
-        return (
-            dx if x_needed else None,
-            dx if residual_needed else None,  # one tensor twice, as the backward of aten's add returns it
-            dweight if weight_needed else None,
-            dbias if bias_needed else None,
-            None,
-        )
+        return gradients(ctx, *grad_outputs)
+
+
+def gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of x, residual, weight, bias and eps."""
+    refuse_double_backward("add_layer_norm")
+    x_needed, residual_needed, weight_needed, bias_needed = ctx.needs_input_grad[:4]
+    if dy is None:  # only the sum was used
+        return dh if x_needed else None, dh if residual_needed else None, None, None, None
+    needed = [x_needed or residual_needed, weight_needed, bias_needed]
+    dx, dweight, dbias = _backward(dy, dh, *ctx.saved_tensors, needed)
+    return (
+        dx if x_needed else None,
+        dx if residual_needed else None,  # one tensor twice, as the backward of aten's add returns it
+        dweight if weight_needed else None,
+        dbias if bias_needed else None,
+        None,
+    )
 
 
 def _checked(*args: Any) -> tuple[Any, ...]:

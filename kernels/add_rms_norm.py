@@ -47,30 +47,45 @@ def reference(
 
 
 @triton.jit
+def normalised_rows(
+    x_ptr, residual_ptr, h_ptr, rstd_ptr, x_stride, residual_stride, row, column, weight, M, N, eps,
+    WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """y of these rows in float32; stores h and rstd."""
+    inside = (row < M)[:, None] & (column < N)
+    wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
+    h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
+    if residual_ptr is not None:
+        r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+        tl.store(h_ptr + wide_row * N + column, h, mask=inside)
+    h = h.to(tl.float32)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, 1) / N + eps))
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    y = h * rstd[:, None]
+    if WEIGHT:
+        y *= weight
+    return y
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
     x_stride, residual_stride, M, N, eps, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_N)[None, :]
+    weight = 1.0
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32) + offset
     for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        y = normalised_rows(
+            x_ptr, residual_ptr, h_ptr, rstd_ptr, x_stride, residual_stride, row, column, weight, M, N, eps,
+            weight_ptr is not None,
+        )  # fmt: skip
         inside = (row < M)[:, None] & (column < N)
-        wide_row = row.to(tl.int64)[:, None]  # row * stride may pass 2^31
-        h = tl.load(x_ptr + wide_row * x_stride + column, mask=inside, other=0.0)
-        if residual_ptr is not None:
-            r = tl.load(residual_ptr + wide_row * residual_stride + column, mask=inside, other=0.0)
-            h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
-            tl.store(h_ptr + wide_row * N + column, h, mask=inside)
-        h = h.to(tl.float32)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, 1) / N + eps))
-        tl.store(rstd_ptr + row, rstd, mask=row < M)
-        y = h * rstd[:, None]
-        if weight_ptr is not None:
-            y *= weight
-        tl.store(y_ptr + wide_row * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + row.to(tl.int64)[:, None] * N + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -228,20 +243,24 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("add_rms_norm")
-        dy, dh = grad_outputs
-        x_needed, residual_needed, weight_needed, _, _ = ctx.needs_input_grad
-        if dy is None:  # only the sum was used
-            return dh if x_needed else None, dh if residual_needed else None, None, None, None
-        needed = [x_needed or residual_needed, weight_needed]
-        dx, dweight = _backward(dy, dh, *ctx.saved_tensors, ctx.offset, needed)
-        return (
-            dx if x_needed else None,
-            dx if residual_needed else None,  # one tensor twice, as the backward of aten's add returns it
-            dweight if weight_needed else None,
-            None,
-            None,
-        )
+        return gradients(ctx, *grad_outputs)
+
+
+def gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of x, residual, weight, eps and offset."""
+    refuse_double_backward("add_rms_norm")
+    x_needed, residual_needed, weight_needed = ctx.needs_input_grad[:3]
+    if dy is None:  # only the sum was used
+        return dh if x_needed else None, dh if residual_needed else None, None, None, None
+    needed = [x_needed or residual_needed, weight_needed]
+    dx, dweight = _backward(dy, dh, *ctx.saved_tensors, ctx.offset, needed)
+    return (
+        dx if x_needed else None,
+        dx if residual_needed else None,  # one tensor twice, as the backward of aten's add returns it
+        dweight if weight_needed else None,
+        None,
+        None,
+    )
 
 
 def _checked(

@@ -18,7 +18,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,14 +29,16 @@ from fusekit.kernels import (
     attention_native,
     attention_times,
     attention_trial,
+    times_file,
 )
 from fusekit.kernels.attention_form import GLOBAL, Form, skipped
 from fusekit.kernels.attention_libraries import LIBRARIES, Library, beyond_libraries
 from fusekit.kernels.attention_tiles import LOG2E
 from fusekit.kernels.config_table import target_of
 from fusekit.kernels.launch import Plans, capability, on_gpu, recording
+from fusekit.kernels.times_file import OWN, Choice, fastest
 
-OWN, DECODING = "own kernel", "own decoding kernel"
+DECODING = "own decoding kernel"
 # Published forward figures (H100, 512 to 16384 tokens, 64 and 128 features): cuDNN before a Triton kernel and
 # FlashAttention-2. Of other architectures, of flash-attn there and of short lengths nothing is known.
 DEFAULTS = {"sm_90": ("cuDNN",)}
@@ -58,16 +59,6 @@ KNOWN = frozenset(
         "sinks",
     ]
 )
-
-
-class Choice(NamedTuple):
-    """Who runs a call, and why, in words."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}" if self.reason else self.name
 
 
 class _Forced(threading.local):
@@ -130,7 +121,7 @@ def measure(
     """
     if _decodes(q, k, v, form) or _exclusive(q, k, v, form) is not None:
         return {}
-    clock = clock or attention_times.seconds
+    clock = clock or times_file.seconds
     able = [x for x in LIBRARIES if x.absent() is None and x.unfit(q, k, v, form) is None]
     able = [library for library in able if _proved(library, q, k, v, form)]
     if not able:
@@ -158,18 +149,8 @@ def _decide(q: Tensor, k: Tensor, v: Tensor, form: Form, absent: tuple[str | Non
         refused = refused or f"{library.name}: {why}"
     if not able:
         return Choice(OWN, refused)
-    return _measured(q, k, v, form, able) or _default(q, k, able)
-
-
-def _measured(q: Tensor, k: Tensor, v: Tensor, form: Form, able: list[str]) -> Choice | None:
-    """The fastest, where it was measured whether that is a library."""
     found = attention_times.measured(q.device, attention_times.key(q, k, v, form))
-    times = {name: taken for name, taken in found.items() if name in (OWN, *able)}
-    if OWN not in times or len(times) == 1:
-        return None
-    best = min(times, key=times.__getitem__)
-    others = (f"{name} {taken * 1e6:.0f}" for name, taken in times.items() if name != best)
-    return Choice(best, f"measured {times[best] * 1e6:.0f} µs, {', '.join(others)}")
+    return fastest(found, able) or _default(q, k, able)
 
 
 def _default(q: Tensor, k: Tensor, able: list[str]) -> Choice:

@@ -11,6 +11,8 @@ of groups a step.
     row              as tensor, with the largest magnitudes of all rows and all columns from one pass
     block, mx        one pass: a group never leaves its tile
 
+The pass for amax is spared where the kernel that wrote the tensor kept count (norm_fp8.py).
+
 The cast is the processor's own on Hopper and Blackwell. Ampere has none of e4m3, and Ada's rounds twice,
 through float16: there codes are made by integers. Maxima of integers are atomic, and the same in any order.
 """
@@ -241,6 +243,39 @@ def empty_operand(x: Tensor, recipe: Recipe, weight: bool, transposed: bool) -> 
     return Operand(x.new_empty((rows, pitch), dtype=torch.uint8), x.new_empty(groups, dtype=torch.float32))
 
 
+def encoding(x: Tensor, dtype: torch.dtype, recipe: Recipe, hardware: bool | None = None) -> dict[str, Any]:
+    """The constants of `encode` and `scales_of` for codes of this dtype on x's device."""
+    return {
+        "E5M2": dtype == torch.float8_e5m2,
+        "HARDWARE": has_exact_cast(x) if hardware is None else hardware,
+        "LARGEST_CODE": LARGEST[dtype],
+        "TOP": TOP_EXPONENT[dtype],
+        "LEAST": LEAST_AMAX[dtype],
+        "POWER_OF_TWO": recipe.power_of_two,
+    }
+
+
+Maxima = tuple[Tensor | None, Tensor | None]
+
+
+def _maxima(sizes: tuple[int, int], known: Maxima) -> Maxima | None:
+    """Those that are known, as patterns; None where one that is wanted is not."""
+    found = [
+        held.view(torch.int32) if size and held is not None and held.numel() == size else None
+        for held, size in zip(known, sizes, strict=True)
+    ]
+    missing = any(size and held is None for held, size in zip(found, sizes, strict=True))
+    return None if missing else (found[0], found[1])
+
+
+def _search(x: Tensor, sizes: tuple[int, int], grid: tuple[int, int], by_row: bool) -> Maxima:
+    """By a pass over x."""
+    first, second = (torch.zeros(n, dtype=torch.int32, device=x.device) if n else None for n in sizes)
+    M, K = x.shape
+    launch(amax_kernel, grid, x, first, second, M, K, *x.stride(), ROWS=by_row, TILE=TILE, num_warps=WARPS)
+    return first, second
+
+
 def cast(
     x: Tensor,
     dtype: torch.dtype,
@@ -252,6 +287,7 @@ def cast(
     scale: Tensor | None = None,
     amax: Tensor | None = None,
     hardware: bool | None = None,
+    known: Maxima = (None, None),
 ) -> None:
     """Quantise x into the layouts that are given.
 
@@ -262,12 +298,14 @@ def cast(
         scale: one float32 element, of delayed scaling; 0 stands for none yet, and x's own is used.
         amax: one float32 element that is raised to x's largest magnitude, where one scale serves a tensor.
         hardware: whether the processor casts; by default where its cast is exact.
+        known: largest magnitudes, float32, of whoever wrote x: of all of it, or of its rows and of its
+            columns. Where every one that is needed is there, x is read once.
     """
     M, K = x.shape
     grid = (triton.cdiv(M, TILE), triton.cdiv(K, TILE))
     inverse = None if plain is None else plain.inverse
     inverse_t = None if transposed is None else transposed.inverse
-    maxima: tuple[Tensor | None, Tensor | None] = (None, None)
+    maxima: Maxima = (None, None)
     scaling = "delayed" if scale is not None else recipe.scaling
     if scaling == "block" and weight:
         scaling = "square"
@@ -286,23 +324,15 @@ def cast(
     elif scaling in ("tensor", "row"):
         by_row = scaling == "row"
         sizes = (M if plain is not None else 0, K if transposed is not None else 0) if by_row else (1, 0)
-        zeros = [torch.zeros(n, dtype=torch.int32, device=x.device) if n else None for n in sizes]
-        maxima = (zeros[0], zeros[1])
-        launch(amax_kernel, grid, x, *maxima, M, K, *x.stride(), ROWS=by_row, TILE=TILE, num_warps=WARPS)
+        maxima = _maxima(sizes, known) or _search(x, sizes, grid, by_row)
     if scaling == "tensor":
         inverse = inverse if inverse is not None else inverse_t
         if amax is not None and maxima[0] is not None:
             patterns = amax.data.view(torch.int32)  # .data: see linear_fp8_cpu.through_fp8
             torch.maximum(patterns, maxima[0], out=patterns)
-    constants: dict[str, Any] = {
+    constants = encoding(x, dtype, recipe, hardware) | {
         "SCALING": scaling,
         "GROUP": 32 if scaling == "mx" else TILE,
-        "E5M2": dtype == torch.float8_e5m2,
-        "HARDWARE": has_exact_cast(x) if hardware is None else hardware,
-        "LARGEST_CODE": LARGEST[dtype],
-        "TOP": TOP_EXPONENT[dtype],
-        "LEAST": LEAST_AMAX[dtype],
-        "POWER_OF_TWO": recipe.power_of_two,
     }
     codes, codes_t = (None if operand is None else operand.codes for operand in (plain, transposed))
     pitches = (0 if held is None else held.shape[1] for held in (codes, codes_t))

@@ -84,7 +84,7 @@ def _like(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _empty(
     x: Tensor, recipe: str, which: int, dtype: torch.dtype, plain: bool, turned: bool, scale: Tensor | None,
-    amax: Tensor | None,
+    amax: Tensor | None, maxima: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     chosen, rows, weight = Recipe.parse(recipe), _rows(x), which == linear_fp8_cpu.WEIGHT
     found: list[Tensor] = []
@@ -104,7 +104,7 @@ def _empty(
 
 def _run(
     x: Tensor, recipe: str, which: int, dtype: torch.dtype, plain: bool, turned: bool, scale: Tensor | None,
-    amax: Tensor | None,
+    amax: Tensor | None, maxima: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     chosen, rows = Recipe.parse(recipe), _rows(x)
     results = Quantised(*_empty(x, recipe, which, dtype, plain, turned, scale, amax))
@@ -116,7 +116,8 @@ def _run(
             largest = None if amax is None else amax[which : which + 1]
             given = [operand if wanted else None for operand, wanted in zip(held, layouts, strict=True)]
             weight = which == linear_fp8_cpu.WEIGHT
-            cast(rows, chosen.forward, chosen, *given, weight=weight, scale=own, amax=largest)
+            known = (maxima, None) if chosen.scaling == "tensor" else (None, maxima)
+            cast(rows, chosen.forward, chosen, *given, weight=weight, scale=own, amax=largest, known=known)
         return results
     made = list(results)
     for position, (wanted, transposed) in enumerate(zip(layouts, (False, True), strict=True)):
@@ -131,7 +132,7 @@ def _run(
 
 _SCHEMA = (
     "(Tensor x, str recipe, int which, ScalarType dtype, bool plain, bool turned, Tensor? scale,"
-    " Tensor(a!)? amax) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor(a!)? amax, Tensor? maxima=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _quantise = define("fp8_quantise" + _SCHEMA, _run, _empty)
 
@@ -141,5 +142,6 @@ def _detached(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 # which: 0 of x, 1 of a weight. dtype: of the layer's x. plain, turned: the layouts that are wanted. scale and
-# amax: (3,), of the layer, as linear_fp8 takes them.
+# amax: (3,), of the layer, as linear_fp8 takes them. maxima: of x, or with scales of rows of its columns, as
+# norm_fp8.py found them; a GPU then reads x once less.
 fp8_operand = define("fp8_operand" + _SCHEMA, _run, _empty, autograd=_detached)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels import linear_fp8_cpu, linear_fp8_gpu
+from fusekit.kernels import fp8_choice, linear_fp8_cpu, linear_fp8_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_cast import empty_operand
 from fusekit.kernels.fp8_format import Operand, dequantise, group_of, quantise
@@ -343,6 +343,30 @@ fused = define(
 
 def flops(x: Tensor, weight: Tensor, *_: Any) -> int:
     return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
+
+
+def runs_on(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    recipe: str = "fp8-tensorwise",
+    *_: Any,
+) -> str:
+    """Who computes the products of this layer and why; of tensors no values are looked at."""
+    return fp8_choice.describe(x, weight, bias, act, recipe) if on_gpu(x) else "emulated"
+
+
+def measure(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    recipe: str = "fp8-tensorwise",
+    *_: Any,
+) -> dict[str, dict[str, float]]:
+    """Seconds of whoever may compute each product, kept for later calls; empty without a choice."""
+    return fp8_choice.measure(x, weight, bias, act, recipe) if on_gpu(x) else {}
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent="grad")

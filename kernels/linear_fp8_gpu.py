@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusekit.kernels.fp8_cast import cast, empty_operand
+from fusekit.kernels.fp8_choice import product
 from fusekit.kernels.fp8_format import Operand
-from fusekit.kernels.fp8_gemm import product
 from fusekit.kernels.gemm import matmul, sum_partials
 from fusekit.kernels.linear_act import _dact
 from fusekit.kernels.recipe import Recipe

@@ -41,16 +41,17 @@ def start_forward(
     x: Tensor,
     residual: Tensor | None,
     parameters: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | None],
     *own: float,
+    **constants: Any,
 ) -> None:
-    """outputs: y, h and the statistics."""
+    """outputs: y, h and the statistics, and what else the kernel writes."""
     x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
     plan = row_plan(x_rows, 1 if residual is None else 2, per_multiprocessor=2)
     launch(
         kernel, (plan.programs,), x_rows, residual_rows, *map(_contiguous, parameters), *outputs,
         x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), *x_rows.shape, *own,
-        **_tiles(plan),
+        **constants, **_tiles(plan),
     )  # fmt: skip
 
 

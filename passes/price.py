@@ -7,13 +7,13 @@ measures. An estimate a little below one is within its own error, and stays.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fusekit.kernels import attention
+from fusekit.kernels import attention, linear_fp8
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.op import LOW_PRECISION
 from fusekit.passes import cost, tf32
@@ -23,6 +23,9 @@ from fusekit.passes.propagate import complete, faking, tensors_of
 from fusekit.passes.region import Fusion, Region
 
 LEAST_GAIN = 0.9  # estimated gains below this are reverted
+EMULATED = "emulated"  # FP8 where there are no FP8 products
+# Where there is a choice.
+WHO_RUNS: dict[str, Callable[..., str]] = {"attention": attention.runs_on, "linear_fp8": linear_fp8.runs_on}
 
 # On a CPU an op is a composition of library calls: the share of the intermediates' traffic that remains, and
 # who runs.
@@ -33,7 +36,7 @@ CPU_PATHS = {
     "gated_mlp": (0.5, "onednn"),
     "linear_act": (1.0, "onednn"),
     "linear_cross_entropy": (0.0, "chunks"),
-    "linear_fp8": (1.0, "emulated"),
+    "linear_fp8": (1.0, EMULATED),
     "mlp": (0.5, "onednn"),
     "qkv_linear": (1.0, "onednn"),
     "rms_norm_rope": (0.5, "aten"),
@@ -103,7 +106,7 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     ends = bytes_of(_inputs(node)) + bytes_of(tensors_of(value))
     remaining, fusion.implementation = CPU_PATHS[fusion.op] if kind == "cpu" else (0.0, "triton")
     if fusion.op == "attention":
-        fusion.implementation = attention_runs_on(node)
+        fusion.implementation = runs_on(node)
     if fusion.op == "linear_fp8":
         return _estimate_fp8(node, replaced, started)
     moved = ends + int(remaining * max(0, replaced.bytes - ends))
@@ -118,8 +121,8 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     return eager, seconds
 
 
-def attention_runs_on(node: fx.Node) -> str:
-    """Who computes a site of attention, and why, at the sizes it was captured with."""
+def runs_on(node: fx.Node) -> str:
+    """Who computes a site of attention or linear_fp8, and why, at the sizes it was captured with."""
 
     args: Any
     kwargs: Any
@@ -133,15 +136,16 @@ def attention_runs_on(node: fx.Node) -> str:
 
     with faking(node):
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), concrete)
-        return attention.runs_on(*args, **kwargs)
+        return WHO_RUNS[node.meta["fusion"].op](*args, **kwargs)
 
 
 def name_implementations(region: Region) -> None:
-    """Say anew who runs each site of attention: a trial or a measurement may have changed it."""
+    """Say anew who runs sites where there is a choice: a trial or a measurement may have changed it."""
     for module in bodies(region.module):
         for node in _fused(module):
-            if node.meta["fusion"].op == "attention":
-                node.meta["fusion"].implementation = attention_runs_on(node)
+            fusion: Fusion = node.meta["fusion"]
+            if fusion.op in WHO_RUNS and fusion.implementation != EMULATED:
+                fusion.implementation = runs_on(node)
 
 
 def _estimate_fp8(node: fx.Node, replaced: Cost, started: int) -> tuple[float, float]:
@@ -149,9 +153,10 @@ def _estimate_fp8(node: fx.Node, replaced: Cost, started: int) -> tuple[float, f
     fusion: Fusion = node.meta["fusion"]
     fusion.bytes_saved = 0
     if cost.emulates_fp8(node.meta["val"]):
-        fusion.implementation = "emulated"
+        fusion.implementation = EMULATED
         return replaced.seconds, replaced.seconds
     x, weight = _inputs(node)[:2]
+    fusion.implementation = runs_on(node)
     N, K = map(cost.hint, weight.shape)
     low, fp8 = cost.fp8_seconds(cost.size(x) // K, N, K, x)
     fusion.estimated_gain = low / fp8

@@ -26,6 +26,7 @@ from fusekit.kernels.linear_fp8_cpu import WEIGHT, X
 from fusekit.kernels.recipe import Recipe
 from fusekit.passes.canonicalise import call_checkpoint
 from fusekit.passes.inputs import InputOperand, InputScales
+from fusekit.passes.norm_codes import Made, quantise_in_norm
 from fusekit.passes.normalise import is_mutation, memory, writes
 from fusekit.passes.propagate import faking
 from fusekit.passes.region import Region
@@ -100,8 +101,11 @@ class _Graph:
         for layer in layers:  # no write and no change of grad mode lies within one region
             together[layer.args[0], layer.meta.get("region"), layer.args[4]].append(layer)
         for readers in together.values():
-            if len(readers) > 1:
-                self.share(sorted(readers))
+            first = min(readers)
+            turned = self.region.training and any(map(self.is_trained, readers))
+            made = quantise_in_norm(first.args[0], first, str(first.args[4]), turned)
+            if len(readers) > 1 or made is not None:
+                self.share(sorted(readers), made, turned)
         for node in self.graph.find_nodes(op="call_function", target=call_checkpoint):
             body = getattr(self.module, node.args[0].target)
             _Graph(self.region, body, self, node).run()
@@ -149,28 +153,43 @@ class _Graph:
         operand = self.inputs.add(key, list(_fake(source, quantised)), f"{source.name}_fp8", describe)
         _set(layer, "w_operand", [self.receive(node) for node in operand])
 
-    def share(self, readers: list[fx.Node]) -> None:
-        """Quantise once what these layers, in graph order, read as x."""
+    def share(self, readers: list[fx.Node], made: Made | None, turned: bool) -> None:
+        """Quantise once what these layers, in graph order, read as x; `made` by the norm that makes x."""
         first = readers[0]
-        x, token = first.args[0], first.args[4]
+        x, token = first.args[0], str(first.args[4])
         assert isinstance(x, fx.Node)
-        arguments = (
-            x, token, X, x.meta["val"].dtype, True, self.region.training, _argument(first, "scale"),
-            _argument(first, "amax"),
-        )  # fmt: skip
-        with self.graph.inserting_before(first):
+        by_row = made is not None and Recipe.parse(token).scaling == "row"
+        if made is not None and by_row and not turned:
+            operand = [made.codes, made.inverse, made.maxima, made.maxima]  # the last two are absent
+        else:
+            arguments = (
+                x, token, X, x.meta["val"].dtype, not by_row, turned, _argument(first, "scale"),
+                _argument(first, "amax"), None if made is None else made.maxima,
+            )  # fmt: skip
+            parts = self.quantised(first, arguments)
+            operand = [made.codes, made.inverse, *parts[2:]] if made is not None and by_row else parts
+        for reader in readers:
+            _set(reader, "x_operand", operand)
+
+    def quantised(self, reader: fx.Node, arguments: tuple[Any, ...]) -> list[fx.Node]:
+        """The parts of an fp8_operand in front of this layer."""
+        with self.graph.inserting_before(reader):
             operand = self.graph.call_function(fp8_operand, arguments)
             parts = [self.graph.call_function(operator.getitem, (operand, i)) for i in range(PARTS)]
         values = fx.map_arg(arguments, lambda n: n.meta["val"])
-        operand.meta["val"] = _fake(x, lambda: fp8_operand(*values))
+        operand.meta["val"] = _fake(arguments[0], lambda: fp8_operand(*values))
         for i, part in enumerate(parts):
             part.meta["val"] = operand.meta["val"][i]
         for node in (operand, *parts):
             node.meta |= {
-                k: v for k, v in first.meta.items() if k in ("stack_trace", "nn_module_stack", "region")
+                k: v for k, v in reader.meta.items() if k in ("stack_trace", "nn_module_stack", "region")
             }
-        for reader in readers:
-            _set(reader, "x_operand", list(parts))
+        return parts
+
+    def is_trained(self, layer: fx.Node) -> bool:
+        """Whether its weight wants a gradient, for which x has another layout."""
+        source, _ = self.parameter_of(layer.args[1])
+        return source is None or bool(source.meta.get("requires_grad", True))
 
     def parameter_of(self, node: Any) -> tuple[fx.Node | None, bool | None]:
         """The outermost graph's input, a Parameter, that a weight is; and whether it is its transpose, None

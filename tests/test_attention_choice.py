@@ -24,6 +24,7 @@ from fusekit.kernels import (
     attention_times,
     attention_trial,
     cpu_library,
+    times_file,
 )
 from fusekit.kernels.attention import OP
 from fusekit.kernels.attention_choice import OWN, choose
@@ -94,15 +95,15 @@ class Attend(nn.Module):
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """No times, no trials and no plans of other tests."""
-    monkeypatch.setattr(attention_times, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(attention_times, "device_name", lambda device: "test")
+    monkeypatch.setattr(times_file, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(times_file, "device_name", lambda device: "test")
     monkeypatch.setattr(attention_choice, "capability", lambda q: (9, 0))
     monkeypatch.setattr(attention_trial, "_outcomes", {})
-    attention_times.forget()
+    times_file.forget()
     attention_choice._plans.held.clear()
     torch.manual_seed(0)
     yield
-    attention_times.forget()
+    times_file.forget()
     attention_choice._plans.held.clear()
 
 
@@ -281,17 +282,17 @@ def test_the_fastest_of_what_was_measured_runs(on_gpu, monkeypatch):
     times = attention_choice.measure(*args, clock=lambda run: run() and next(clock))
     assert times == {OWN: 3e-4, "cuDNN": 2e-4, "SDPA flash": 1e-4}
     assert choose(*args) == ("SDPA flash", "measured 100 µs, own kernel 300, cuDNN 200")
-    attention_times.forget()
+    times_file.forget()
     attention_choice._plans.held.clear()
     neighbour = heads(700)
     assert choose(neighbour, neighbour, neighbour, args[3]).name == "SDPA flash"
     far = heads(1100)
     assert choose(far, far, far, args[3]).reason == "static default on sm_90"
-    (file,) = attention_times.cache_folder().glob("attention-*.json")
+    (file,) = times_file.cache_folder().glob("attention-*.json")
     held = json.loads(file.read_text())
     held["versions"]["torch"] = "1.0"
     file.write_text(json.dumps(held))
-    attention_times.forget()
+    times_file.forget()
     attention_choice._plans.held.clear()
     assert choose(*args).reason == "static default on sm_90"
 
@@ -307,7 +308,7 @@ def test_the_own_kernel_runs_where_it_was_measured_the_fastest(on_gpu, monkeypat
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": 3}', '{"versions": {}, "seconds": {}}'])
 def test_a_damaged_file_of_times_is_no_file(text):
-    file = attention_times._path(attention_times.device_name(torch.device("cpu")))
+    file = times_file._path("attention", times_file.device_name(torch.device("cpu")))
     file.write_text(text)
     assert attention_times.measured(torch.device("cpu"), "any") == {}
 

@@ -123,7 +123,8 @@ def tuning(job: Job) -> dict[str, Any]:
     held = tune.run(job.device, job.out, job.console, minutes=job.minutes, dry=job.dry)
     if not job.dry:
         tune.install(held)
-        _module("benchmarks.tune_attention").run(job.device, job.console)
+        for name in ("benchmarks.tune_attention", "benchmarks.tune_fp8"):
+            _module(name).run(job.device, job.console)
     left = dict.fromkeys(held["left"], "the time was over")
     return _outcome(left, tune.failures(held)) | {"counts": {"buckets": len(held["done"])}}
 

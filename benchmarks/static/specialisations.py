@@ -15,11 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.static import decoding, products
-from fusekit.kernels import FP8_OPS, OPS
+from fusekit.kernels import FP8_OPS, OPS, add_layer_norm, norm_fp8
 from fusekit.kernels.fp8_history import DelayedScales
 from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.op import DTYPES, Op
 from fusekit.kernels.recipe import Recipe
+from fusekit.kernels.row_reduction import MAX_COLUMNS
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -154,6 +155,20 @@ def _move_histories() -> None:
     scales.update(taken=scales.cursor, skip=scales.scale[:1])
 
 
+def _norms_with_codes() -> None:
+    """Norms that quantise what they make, which only the pass `quantise` calls; the widest row as well."""
+    for op in (OPS["add_layer_norm"], OPS["add_rms_norm"]):
+        overload: Any = op.fused
+        calls = [args for args, bench in _calls(op) if bench or args[1] is None]
+        x, weight = torch.empty(64, MAX_COLUMNS, dtype=torch.bfloat16), torch.empty(MAX_COLUMNS)
+        calls.append((x, x, weight, *([weight] if overload is add_layer_norm.fused else []), 1e-6))
+        for args in calls:
+            defaults = [argument.default_value for argument in overload._schema.arguments[len(args) :]]
+            for recipe in ("fp8-tensorwise", "fp8-rowwise"):
+                if norm_fp8.why_not(args[0], Recipe.parse(recipe)) is None:
+                    norm_fp8.WITH_CODES[overload](*args, *defaults, recipe, True)
+
+
 def collect() -> dict[str, Specialisation]:
     """Every specialisation that a sample of an op, a row of a table or a decoding step needs, by key."""
     found: dict[str, Specialisation] = {}
@@ -168,7 +183,8 @@ def collect() -> dict[str, Specialisation]:
         for target in ALL_TARGETS:
             with record(target) as launches:
                 _move_histories()
-            for start in launches:
+                _norms_with_codes()
+            for start in filter(lambda start: all(start.grid), launches):
                 _add(found, specialise(start), target)
         for target, row in products.tables():
             for dtype in products.dtypes(row):

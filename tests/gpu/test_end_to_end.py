@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
-from fusekit.passes import cost, pipeline, price
+from fusekit.kernels import norm_fp8
+from fusekit.passes import cost, pipeline, price, quantise
+from fusekit.session import session
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +134,25 @@ def test_shared_operands_have_the_bits_of_separate_ones(
         model(x).square().sum().backward()
         results.append([p.grad.cpu() for p in model.parameters()])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("precision", ["fp8-tensorwise", "fp8-rowwise"])
+def test_norms_that_quantise_change_no_bit(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of a GPT: loss and gradients are those of the separate quantisation."""
+    _no_layer_is_too_small(monkeypatch)
+    tokens = torch.randint(61, (2, 38), generator=torch.Generator().manual_seed(1)).to("cuda")
+    found = []
+    for apart in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        if apart:
+            monkeypatch.setattr(quantise, "quantise_in_norm", lambda *_: None)
+        model = GPT(GPTConfig(vocab=61, context=40, layers=1, width=96, heads=2)).to("cuda")
+        fusekit.optimize(model, precision=precision, remainder="eager")
+        _, loss = model(tokens, tokens)
+        loss.backward()
+        graph = session(model).regions[0].region.module.graph
+        made = [n for n in graph.nodes if n.target in norm_fp8.WITH_CODES.values()]
+        assert len(made) == (0 if apart else 2)
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *found))

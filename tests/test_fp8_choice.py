@@ -1,0 +1,351 @@
+"""Who computes an FP8 product on a GPU: what torch._scaled_mm may take, its trial, what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import mmaemu
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import fusekit
+from benchmarks import tune_fp8
+from fusekit.kernels import fp8_choice, fp8_gemm, fp8_library, fp8_trial, linear_fp8, times_file
+from fusekit.kernels.fp8_choice import choose, products
+from fusekit.kernels.fp8_format import Operand
+from fusekit.kernels.fp8_library import LIBRARY, Call, unfit
+from fusekit.kernels.launch import record
+from fusekit.kernels.recipe import Recipe
+from fusekit.kernels.times_file import OWN
+
+E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
+CPU = torch.device("cpu")
+
+
+def call(**changes: Any) -> Call:
+    return Call(CPU, (9, 0), (2048, 1024, 4096), (E4M3, E4M3, BF16), "tensor", "promote128")._replace(
+        **changes
+    )
+
+
+def h100(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None = None) -> None:
+    """An H100's sums, bit by bit, and an epilogue in float32."""
+    left, right = (o.codes.view(d) for o, d in zip((a, b), call.dtypes[:2], strict=True))
+    fast = call.accumulation == "fast"
+    sums = mmaemu.accumulate(left, right, use_fast_accum=fast, profile="hopper", splitk=1)
+    sums = sums * a.inverse.t() * b.inverse
+    output.copy_(sums if bias is None else sums + bias)
+
+
+def never_promotes(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None = None) -> None:
+    h100(a, b, output, call._replace(accumulation="fast"), bias)
+
+
+def drops_nan(*args: Any) -> None:
+    h100(*args)
+    args[2].nan_to_num_(0.0, torch.inf, -torch.inf)
+
+
+def saturates(*args: Any) -> None:
+    h100(*args)
+    limits = torch.finfo(args[2].dtype)
+    args[2].clamp_(limits.min, limits.max)
+
+
+def scales_by_the_wrong_side(a: Operand, b: Operand, output: Tensor, *rest: Any) -> None:
+    h100(a, Operand(b.codes, a.inverse[:, :1].expand_as(b.inverse)), output, *rest)
+
+
+def rounds_the_bias_away(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None) -> None:
+    h100(a, b, output, call)
+
+
+JITTER = itertools.cycle((0, 1))
+
+
+def jitters(*args: Any) -> None:
+    h100(*args)
+    args[2][0, 0] *= 1 + next(JITTER) * 2.0**-7
+
+
+def fails(*args: Any) -> None:
+    raise RuntimeError("no algorithm for this product")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """No times, no trials and no plans of other tests; a library that is there; an H100 as the own kernel."""
+    monkeypatch.setattr(times_file, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(times_file, "device_name", lambda device: "test")
+    monkeypatch.setattr(fp8_trial, "_outcomes", {})
+    monkeypatch.setattr(fp8_trial, "SIZES", (16, 16, 1024))  # the emulation takes its time
+    monkeypatch.setattr(fp8_library, "absent", lambda: None)
+    monkeypatch.setattr(fp8_library, "run", h100)
+    monkeypatch.setattr(fp8_choice, "own", h100)
+    monkeypatch.setattr(fp8_choice, "capability", lambda x: (9, 0))
+    times_file.forget()
+    fp8_choice._plans.held.clear()
+    yield
+    times_file.forget()
+    fp8_choice._plans.held.clear()
+
+
+KINDS = {
+    "output": {},
+    "fast": {"accumulation": "fast"},
+    "gradient": {"dtypes": (E5M2, E4M3, BF16)},
+    "float32 gradient": {"dtypes": (E5M2, E4M3, torch.float32)},
+    "float16": {"dtypes": (E4M3, E4M3, torch.float16)},
+    "rows": {"scaling": "row"},
+    "bias": {"bias": BF16},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sums_of_an_h100_pass_the_trial(kind):
+    """use_fast_accum=False is promote128 there: recorded on the card, repeated by mmaemu."""
+    assert fp8_trial.passes(call(**KINDS[kind]), h100, h100), fp8_trial._outcomes
+
+
+@pytest.mark.parametrize(
+    "library, kind, reason",
+    [
+        (never_promotes, "output", "of one sign its error is 0.0"),
+        (never_promotes, "float32 gradient", "of one sign its error is 0.0"),
+        (scales_by_the_wrong_side, "rows", "its error is"),
+        (rounds_the_bias_away, "bias", "its error is"),
+        (drops_nan, "output", "what must be NaN is not"),
+        (drops_nan, "rows", "what must be NaN is not"),
+        (saturates, "float16", "what must be infinite is not"),
+        (jitters, "output", "two runs of it differ"),
+        (fails, "output", "it fails: RuntimeError: no algorithm for this product"),
+    ],
+)
+def test_a_library_that_breaks_its_word_computes_nothing(monkeypatch, library, kind, reason):
+    monkeypatch.setattr(fp8_library, "run", library)
+    asked = call(**KINDS[kind])
+    assert choose(asked).name == LIBRARY  # as documented
+    assert not fp8_choice._proved(asked)
+    assert choose(asked).name == OWN and reason in choose(asked).reason, choose(asked)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"capability": (8, 0)}, "no FP8 tensor cores"),
+        ({"scaling": "block"}, "block scales"),
+        ({"scaling": "mx"}, "mx scales"),
+        ({"capability": (8, 9), "scaling": "row"}, "row scales before Hopper"),
+        ({"accumulation": "fp32"}, "fp32 sums"),
+        ({"accumulation": "exact"}, "exact sums"),
+        ({"epilogue": True}, "an activation"),
+        ({"bias": torch.float32}, "a float32 bias"),
+        ({"bias": torch.float32, "dtypes": (E4M3, E4M3, torch.float32)}, "a float32 bias"),
+        ({"dtypes": (E4M3, E5M2, BF16)}, "e5m2 on the right"),
+        ({"sizes": (64, 24, 128)}, "columns that 16 does not divide"),
+        ({"contiguous": False}, "strides"),
+        ({"sizes": (0, 32, 128)}, "strides"),
+    ],
+)
+def test_the_own_kernel_keeps_what_the_library_does_not_compute(changes, reason):
+    assert choose(call(**changes)) == (OWN, reason)
+
+
+def test_what_the_library_may_take():
+    for changes in (*KINDS.values(), {"capability": (8, 9)}, {"capability": (10, 0)}):
+        assert unfit(call(**changes)) is None
+
+
+def layer(bias: torch.dtype | None = None, act: str = "none", recipe: str = "fp8-tensorwise", tokens=1024):
+    x, weight = torch.empty(2, tokens // 2, 2048, dtype=BF16), torch.empty(4096, 2048)
+    return x, weight, None if bias is None else torch.empty(4096, dtype=bias), act, recipe
+
+
+def test_the_products_of_a_layer():
+    found = products(*layer())
+    assert {name: (c.sizes, c.dtypes) for name, c in found.items()} == {
+        "output": ((1024, 4096, 2048), (E4M3, E4M3, BF16)),
+        "grad_input": ((1024, 2048, 4096), (E5M2, E4M3, BF16)),
+        "grad_weight": ((4096, 2048, 1024), (E5M2, E4M3, torch.float32)),
+    }
+    fast = products(*layer(recipe=dataclasses.replace(Recipe(), accumulation="fast").token()))
+    assert [c.accumulation for c in fast.values()] == ["fast", "promote128", "promote128"]
+    assert list(products(*layer(recipe="fp8-rowwise-bf16-wgrad"))) == ["output", "grad_input"]
+
+
+def test_what_a_report_says_of_a_layer():
+    assert fp8_choice.describe(*layer()) == "_scaled_mm: static default on sm_90"
+    assert fp8_choice.describe(*layer(act="gelu")) == (
+        "output by own kernel: an activation; grad_input, grad_weight by _scaled_mm: static default on sm_90"
+    )
+    assert fp8_choice.describe(*layer(recipe="fp8-block")) == "own kernel: block scales"
+    assert linear_fp8.runs_on(*layer()) == "emulated"  # tensors of a CPU are never a library's
+
+
+def test_defaults_by_architecture_and_size():
+    assert choose(call()) == (LIBRARY, "static default on sm_90")
+    assert choose(call(capability=(10, 0))) == (LIBRARY, "static default on sm_100")
+    assert choose(call(sizes=(2048, 512, 4096))) == (OWN, "a dimension below 1024, and not measured")
+    ada = choose(call(capability=(8, 9)))
+    assert ada.name == OWN and "not measured against _scaled_mm" in ada.reason
+
+
+def test_a_library_that_is_absent_is_named(monkeypatch):
+    monkeypatch.setattr(fp8_library, "absent", lambda: "this PyTorch has no CUDA")
+    assert choose(call()) == (OWN, "_scaled_mm: this PyTorch has no CUDA")
+
+
+def gaussian(call: Call) -> tuple[Operand, Operand, Tensor | None]:
+    return fp8_trial._operands(call, False)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Operands without our cast, which needs a GPU."""
+    monkeypatch.setattr(fp8_choice, "operands", gaussian)
+
+
+def clock(own: float, library: float, products: int = 3) -> Callable[[Any], float]:
+    times = iter((own, library) * products)
+    return lambda run: run() or next(times)
+
+
+SMALL = torch.empty(2, 16, 48, dtype=BF16), torch.empty(32, 48), None, "none", "fp8-tensorwise"
+
+
+def test_the_faster_of_two_that_were_measured_runs(on_cpu):
+    """Kept on disk by bucket: a neighbouring size and another process profit."""
+    found = fp8_choice.measure(*SMALL, clock=clock(3e-4, 2e-4))
+    assert list(found) == ["output", "grad_input", "grad_weight"]
+    assert all(times == {OWN: 3e-4, LIBRARY: 2e-4} for times in found.values())
+    output = products(*SMALL)["output"]
+    assert choose(output) == (LIBRARY, "measured 200 µs, own kernel 300")
+    times_file.forget()
+    fp8_choice._plans.held.clear()
+    assert choose(output._replace(sizes=(30, 32, 64))).name == LIBRARY
+    assert choose(output._replace(sizes=(33, 32, 64))).name == OWN
+    (file,) = times_file.cache_folder().glob("fp8-*.json")
+    assert file.name == "fp8-test.json"
+    fp8_choice.measure(*SMALL, clock=clock(1e-4, 2e-4))
+    assert choose(output) == (OWN, "measured 100 µs, _scaled_mm 200")
+
+
+def test_a_result_that_differs_at_a_size_is_never_the_librarys_again(on_cpu, monkeypatch):
+    """Another algorithm of the library may run at another size than the trial's."""
+    sizes = torch.empty(1, 1024, 2048, dtype=BF16), torch.empty(1024, 2048), None, "none", "fp8-tensorwise"
+    (asked,) = (c for name, c in products(*sizes).items() if name == "output")
+    assert choose(asked).name == LIBRARY and fp8_choice._proved(asked)
+    monkeypatch.setattr(fp8_choice, "operands", lambda c: gaussian(c._replace(sizes=(16, 16, 2048))))
+    monkeypatch.setattr(fp8_choice, "products", lambda *args: {"output": asked})
+    monkeypatch.setattr(fp8_library, "run", lambda a, b, output, *rest: h100(a, b, output, *rest) or
+                        output[0].mul_(1.5))  # fmt: skip
+    monkeypatch.setattr(torch, "empty", lambda size, **rest: torch.zeros((16, 16), **rest))
+    fp8_choice.measure(*sizes, clock=lambda run: 1e-4)
+    assert choose(asked) == (OWN, "measured 100 µs, _scaled_mm differs")
+
+
+def test_nothing_is_measured_where_there_is_no_choice(monkeypatch):
+    def clock(run: Callable[[], object]) -> float:
+        raise AssertionError("nobody asked")
+
+    assert fp8_choice.measure(*layer(recipe="mxfp8"), clock=clock) == {}
+    monkeypatch.setattr(fp8_library, "run", fails)
+    assert fp8_choice.measure(*layer(), clock=clock) == {}
+
+
+@pytest.mark.parametrize("act, ran", [("none", LIBRARY), ("gelu", OWN)])
+def test_a_product_is_computed_by_whom_the_choice_names(monkeypatch, act, ran):
+    who = []
+    monkeypatch.setattr(fp8_library, "run", lambda *args: who.append(LIBRARY) or h100(*args))
+    monkeypatch.setattr(fp8_gemm, "product", lambda *args, **settings: who.append(OWN))
+    monkeypatch.setattr(fp8_choice, "LEAST_SIZE", 16)
+    a, b, _ = gaussian(call(sizes=(16, 16, 128)))
+    output = torch.empty(16, 16, dtype=BF16)
+    fp8_choice.product(a, b, output, Recipe(), (E4M3, E4M3), contraction=128, act=act)
+    assert who[-1] == ran
+
+
+def test_no_trial_while_a_cuda_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(fp8_choice, "_capturing", lambda: True)
+    assert not fp8_choice._proved(call()) and not fp8_trial._outcomes
+
+
+def test_recorded_launches_are_our_own():
+    """What is compiled ahead of time is what ships, whatever library there is."""
+    with torch._subclasses.fake_tensor.FakeTensorMode(), record() as launches:
+        x, weight = torch.empty(2048, 1024, dtype=BF16), torch.empty(1024, 1024, dtype=BF16)
+        torch.ops.fusekit.linear_fp8(x, weight)
+    assert launches[-1].kernel is fp8_gemm.product_kernel
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "row"])
+def test_the_call_is_one_that_torch_takes(scaling, monkeypatch):
+    """Layouts, scales and dtypes: by torch's own checks for a GPU, without one."""
+    monkeypatch.undo()
+    asked = call(sizes=(40, 32, 128), scaling=scaling)
+    operands = gaussian(asked)[:2]
+    # The variant that writes into `out` has no checks of its own without a GPU.
+    checked = SimpleNamespace(out=lambda *args, out: torch.ops.aten._scaled_mm.default(*args))
+    monkeypatch.setattr(fp8_library, "aten", SimpleNamespace(_scaled_mm=checked))
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        fake = [Operand(*(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in o)) for o in operands]
+        output = torch.empty(40, 32, dtype=BF16, device="cuda")
+        fp8_library.run(*fake, output, asked)
+        narrow = Operand(torch.empty(32, 100, dtype=torch.uint8, device="cuda"), fake[1].inverse)
+        with pytest.raises(RuntimeError):
+            fp8_library.run(fake[0], narrow, output, asked)
+
+
+def test_the_call_computes_what_ours_does(monkeypatch):
+    """On a CPU, which has scales of tensors."""
+    monkeypatch.undo()
+    asked = call(sizes=(40, 32, 128))
+    a, b, _ = gaussian(asked)
+    output, expected = torch.empty(40, 32, dtype=BF16), torch.empty(40, 32, dtype=BF16)
+    fp8_library.run(a, b, output, asked)
+    h100(a, b, expected, asked)
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def test_verify_measures_once_and_training_never(monkeypatch):
+    measured = []
+    monkeypatch.setattr(fp8_choice, "measure", lambda *args: measured.append(args) or {})
+    monkeypatch.setattr(linear_fp8, "on_gpu", lambda x: measured is not None and _verifying[0])
+    _verifying = [False]
+    torch.manual_seed(0)
+    model = fusekit.optimize(
+        torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16)),
+        precision="fp8",
+    )
+    x = torch.randn(40, 32)
+    model(x).sum().backward()
+    assert not measured
+    from fusekit import site_check
+
+    def once(*args: Any) -> Any:
+        _verifying[0] = True
+        try:
+            return linear_fp8.measure(*args)
+        finally:
+            _verifying[0] = False
+
+    monkeypatch.setitem(site_check.MEASURE, "linear_fp8", once)
+    assert fusekit.verify(model, x).ok
+    assert [args[0].shape for args in measured] == [(40, 32)]
+
+
+def test_tuning_measures_what_training_meets(on_cpu):
+    """`fusekit bench --tune` on tiny layers: each preset that leaves a choice."""
+    out = io.StringIO()
+    found = tune_fp8.run(
+        CPU, Console(file=out, width=200), layers=((32, 32, 48),), clock=clock(2e-4, 1e-4, 6)
+    )
+    assert set(found) == {"fp8-tensorwise 32x32x48", "fp8-rowwise 32x32x48"}
+    assert "output: _scaled_mm 100 µs, own kernel 200 µs" in out.getvalue()
