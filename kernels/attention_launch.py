@@ -168,9 +168,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, bias_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dq, dk, dv, each laid out as (B, T, H, D); the gradients of an additive mask and of sinks, or None."""
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, bias_grad: bool,
+    rounded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, each laid out as (B, T, H, D); the gradients of an additive mask and of sinks, or None.
+    rounded: P and stats are attention_fp8's."""
     (B, H, Tq, D), (_, kv_heads, Tk, DV) = q.shape, v.shape
     mask, mask_strides = _broadcast(form.mask, q, k)
     delta = stats.new_empty((B, H, Tq))
@@ -186,14 +188,14 @@ def backward(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
         dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), form.seed, stats, delta, dq,
         *strides, *numbers,
-        **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
+        **_constants(q, v, form, block_m, block_n), ROUNDED=rounded, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_m, block_n, warps, stages = _blocks("grad_key_value", q, v, form)
     launch(
         _grad_key_value_kernel, (B * kv_heads * triton.cdiv(Tk, block_n),),
         dy, q, k, v, mask, *rows, rows.query_ranges(block_n), form.seed, stats, delta, dk, dv,
         *strides, *numbers,
-        **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
+        **_constants(q, v, form, block_m, block_n), ROUNDED=rounded, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dmask = None
     if bias_grad:
