@@ -2,7 +2,7 @@
 
 Codes of q and k are (B, H, T, D), those of v (B, H, D, T): FP8 products contract along adjacent elements. T
 is padded by zeros to a multiple of 128. "head" reads a tensor twice, first for the largest magnitudes; of
-"block" a tile is a group.
+"block" a tile is a group, up to 128 features.
 """
 
 from __future__ import annotations
@@ -45,54 +45,48 @@ def _load_finite(x_ptr, index, block, H, T, stride_b, stride_h, stride_t, stride
 
 
 @triton.jit
+def _group_of(index, block, TOKENS, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Of a tile, and whether it is the group's first. GROUP: its tokens, 0 for a whole head."""
+    if GROUP == 0:
+        return index, block == 0
+    return (index * TOKENS + block * ROWS) // GROUP, block * ROWS % GROUP == 0
+
+
+@triton.jit
 def head_amax_kernel(
-    x_ptr, amax_ptr, H, T, stride_b, stride_h, stride_t, stride_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, amax_ptr, H, T, TOKENS, stride_b, stride_h, stride_t, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(T, ROWS)
-    index = tl.program_id(0) // blocks
+    index, block = tl.program_id(0) // (TOKENS // ROWS), tl.program_id(0) % (TOKENS // ROWS)
     _, largest = _load_finite(
-        x_ptr,
-        index,
-        tl.program_id(0) % blocks,
-        H,
-        T,
-        stride_b,
-        stride_h,
-        stride_t,
-        stride_d,
-        D,
-        BLOCK_D,
-        ROWS,
+        x_ptr, index, block, H, T, stride_b, stride_h, stride_t, stride_d, D, BLOCK_D, ROWS
     )
-    tl.atomic_max(amax_ptr + index, largest, sem="relaxed")
+    group, _ = _group_of(index, block, TOKENS, ROWS, GROUP)
+    tl.atomic_max(amax_ptr + group, largest, sem="relaxed")
 
 
 @triton.jit
 def head_cast_kernel(
-    x_ptr, codes_ptr, inverse_ptr, amax_ptr, H, T, stride_b, stride_h, stride_t, stride_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    x_ptr, codes_ptr, inverse_ptr, amax_ptr, H, T, TOKENS, stride_b, stride_h, stride_t, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, TRANSPOSED: tl.constexpr,
     HARDWARE: tl.constexpr, LARGEST_CODE: tl.constexpr, TOP: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """amax_ptr: of "head"; without it a tile is a group."""
-    blocks = tl.cdiv(T, ROWS)
-    index, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    """Without amax_ptr a tile is a group."""
+    index, block = tl.program_id(0) // (TOKENS // ROWS), tl.program_id(0) % (TOKENS // ROWS)
     x, largest = _load_finite(
         x_ptr, index, block, H, T, stride_b, stride_h, stride_t, stride_d, D, BLOCK_D, ROWS
     )
+    group, first = _group_of(index, block, TOKENS, ROWS, GROUP)
     if amax_ptr is not None:
-        largest = tl.load(amax_ptr + index)
+        largest = tl.load(amax_ptr + group)
     scale, inverse = scales_of(largest, LARGEST_CODE, TOP, LEAST, True)
-    if amax_ptr is None:
-        tl.store(inverse_ptr + tl.program_id(0), inverse)
-    else:
-        tl.store(inverse_ptr + index, inverse, mask=block == 0)
+    tl.store(inverse_ptr + group, inverse, mask=first)
     code = encode(x * scale, False, HARDWARE)
     rows = block * ROWS + tl.arange(0, ROWS)
     features = tl.arange(0, BLOCK_D)
-    codes_ptr += index.to(tl.int64) * blocks * ROWS * D
+    codes_ptr += index.to(tl.int64) * TOKENS * D
     if TRANSPOSED:
-        ptrs = codes_ptr + features[:, None] * (blocks * ROWS) + rows[None, :]
+        ptrs = codes_ptr + features[:, None] * TOKENS + rows[None, :]
         tl.store(ptrs, tl.trans(code), mask=(features < D)[:, None])
     else:
         ptrs = codes_ptr + rows[:, None] * D + features[None, :]
@@ -110,27 +104,25 @@ def decode_e4m3(code):
 
 @triton.jit
 def head_values_kernel(
-    codes_ptr, inverse_ptr, x_ptr, H, T, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    TRANSPOSED: tl.constexpr, BLOCKS: tl.constexpr,
+    codes_ptr, inverse_ptr, x_ptr, H, T, TOKENS, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Values in (B, T, H, D) memory. BLOCKS: a tile is a group."""
-    blocks = tl.cdiv(T, ROWS)
-    index, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    """Values in (B, T, H, D) memory."""
+    index, block = tl.program_id(0) // (TOKENS // ROWS), tl.program_id(0) % (TOKENS // ROWS)
     rows = block * ROWS + tl.arange(0, ROWS)
     features = tl.arange(0, BLOCK_D)
-    codes_ptr += index.to(tl.int64) * blocks * ROWS * D
+    inside = (features < D)[None, :]
+    codes_ptr += index.to(tl.int64) * TOKENS * D
     if TRANSPOSED:
-        ptrs = codes_ptr + features[:, None] * (blocks * ROWS) + rows[None, :]
+        ptrs = codes_ptr + features[:, None] * TOKENS + rows[None, :]
         code = tl.trans(tl.load(ptrs, mask=(features < D)[:, None], other=0))
     else:
-        code = tl.load(
-            codes_ptr + rows[:, None] * D + features[None, :], mask=(features < D)[None, :], other=0
-        )
-    inverse = tl.load(inverse_ptr + (tl.program_id(0) if BLOCKS else index))
-    value = decode_e4m3(code).to(tl.float32) * 256.0 * inverse
+        code = tl.load(codes_ptr + rows[:, None] * D + features[None, :], mask=inside, other=0)
+    group, _ = _group_of(index, block, TOKENS, ROWS, GROUP)
+    value = decode_e4m3(code).to(tl.float32) * 256.0 * tl.load(inverse_ptr + group)
     x_ptr += (index // H).to(tl.int64) * T * H * D + (index % H) * D
     ptrs = x_ptr + rows.to(tl.int64)[:, None] * (H * D) + features[None, :]
-    tl.store(ptrs, value.to(x_ptr.dtype.element_ty), mask=(rows < T)[:, None] & (features < D)[None, :])
+    tl.store(ptrs, value.to(x_ptr.dtype.element_ty), mask=(rows < T)[:, None] & inside)
 
 
 def padded(T: int) -> int:
@@ -146,23 +138,28 @@ def empty(x: Tensor, scaling: str, transposed: bool) -> Codes:
     return Codes(x.new_empty(shape, dtype=torch.uint8), inverse)
 
 
+def _tile(D: int, scaling: str) -> dict[str, int]:
+    rows = 64 if D > 128 else BLOCK  # a block of wider heads takes more registers than there are
+    group = BLOCK if scaling == "block" else 0
+    return {"D": D, "BLOCK_D": triton.next_power_of_2(D), "ROWS": rows, "GROUP": group, "num_warps": WARPS}
+
+
 def cast(x: Tensor, scaling: str, transposed: bool = False, hardware: bool | None = None) -> Codes:
     """The codes of x (B, H, T, D), any strides; transposed to (B, H, D, T) for what contracts over tokens.
 
     hardware: whether the processor casts; by default where its cast is exact.
     """
     B, H, T, D = x.shape
-    made = empty(x, scaling, transposed)
-    sizes = {"D": D, "BLOCK_D": triton.next_power_of_2(D), "ROWS": BLOCK}
-    grid = (B * H * triton.cdiv(T, BLOCK),)
+    made, tile = empty(x, scaling, transposed), _tile(D, scaling)
+    grid, sizes = (B * H * padded(T) // tile["ROWS"],), (H, T, padded(T))
     amax = None
-    if scaling == "head":
-        amax = torch.zeros(B * H, dtype=torch.int32, device=x.device)
-        launch(head_amax_kernel, grid, x, amax, H, T, *x.stride(), **sizes, num_warps=WARPS)
+    if tile["ROWS"] != tile["GROUP"]:
+        amax = torch.zeros(made.inverse.numel(), dtype=torch.int32, device=x.device)
+        launch(head_amax_kernel, grid, x, amax, *sizes, *x.stride(), **tile)
     launch(
-        head_cast_kernel, grid, x, *made, amax, H, T, *x.stride(), **sizes, TRANSPOSED=transposed,
+        head_cast_kernel, grid, x, *made, amax, *sizes, *x.stride(), **tile, TRANSPOSED=transposed,
         HARDWARE=has_exact_cast(x) if hardware is None else hardware, LARGEST_CODE=LARGEST[CODE],
-        TOP=TOP_EXPONENT[CODE], LEAST=LEAST_AMAX[CODE], num_warps=WARPS,
+        TOP=TOP_EXPONENT[CODE], LEAST=LEAST_AMAX[CODE],
     )  # fmt: skip
     return made
 
@@ -171,10 +168,7 @@ def values(held: Codes, scaling: str, T: int, dtype: torch.dtype, transposed: bo
     """(B, H, T, D) in (B, T, H, D) memory: what the codes stand for."""
     B, H = held.codes.shape[:2]
     D = held.codes.shape[2 if transposed else 3]
-    x = held.codes.new_empty((B, T, H, D), dtype=dtype)
-    launch(
-        head_values_kernel, (B * H * triton.cdiv(T, BLOCK),), *held, x, H, T, D=D,
-        BLOCK_D=triton.next_power_of_2(D), ROWS=BLOCK, TRANSPOSED=transposed, BLOCKS=scaling == "block",
-        num_warps=WARPS,
-    )  # fmt: skip
+    x, tile = held.codes.new_empty((B, T, H, D), dtype=dtype), _tile(D, scaling)
+    grid = (B * H * padded(T) // tile["ROWS"],)
+    launch(head_values_kernel, grid, *held, x, H, T, padded(T), **tile, TRANSPOSED=transposed)
     return x.transpose(1, 2)

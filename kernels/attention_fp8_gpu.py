@@ -197,8 +197,11 @@ def backward(
     grad_output: Tensor, operands: tuple[Codes, Codes, Codes], out: Tensor, stats: Tensor, form: Form,
     scaling: str, lengths: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, each laid out as (B, T, H, D). lengths: of queries and of keys."""
+    """dq, dk, dv, each laid out as (B, T, H, D). lengths: of queries and of keys.
+
+    In float32 products are tf32's, in which values of codes are exact."""
     dtype, (Tq, Tk) = grad_output.dtype, lengths
+    form = form._replace(tf32=dtype == torch.float32)
     q, k = (values(held, scaling, T, dtype) for held, T in zip(operands, (Tq, Tk), strict=False))
     v = values(operands[2], scaling, Tk, dtype, transposed=True)
     return attention_launch.backward(grad_output, q, k, v, out, stats, form, False, rounded=True)[:3]

@@ -74,15 +74,20 @@ CONFIGS_FLOAT32 = {
 FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
 IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
 IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
+ROUNDED_FLOAT32 = (32, 16, 8, 2)  # attention_fp8, up to 32 features: with 32 keys it spills
 
 
 def _padded(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
-def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, int, int]:
+def _blocks(
+    kernel: str, q: Tensor, v: Tensor, form: Form, rounded: bool = False
+) -> tuple[int, int, int, int]:
     widest = _padded(max(q.shape[-1], v.shape[-1]))
     more = q.shape[1] != v.shape[1] or form.is_banded or form.demands > 0
+    if rounded and (kernel, q.dtype) == ("grad_query", torch.float32) and widest <= 32:
+        return ROUNDED_FLOAT32
     if q.dtype == torch.float32:
         return _blocks_float32(kernel, max(32, widest), more, form, q)
     if form.demands > 1:
@@ -183,7 +188,7 @@ def backward(
     scores = _score_numbers(form)
     numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, form.scale, *scores, form.dropout, form.seed_offset)
 
-    block_m, block_n, warps, stages = _blocks("grad_query", q, v, form)
+    block_m, block_n, warps, stages = _blocks("grad_query", q, v, form, rounded)
     launch(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
         dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), form.seed, stats, delta, dq,

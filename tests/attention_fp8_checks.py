@@ -27,11 +27,12 @@ def unquantised(*args: Any) -> Tensor:
     return attention_reference(**{name: value for name, value in given.items() if name != "scaling"})
 
 
-def assert_parity(args: tuple[Any, ...], ties: bool = False) -> dict[str, Tensor]:
+def assert_parity(args: tuple[Any, ...], ties: bool = False, tf32: bool = False) -> dict[str, Tensor]:
     """As good as one rounding of the float64 result on the decoded codes, output and every gradient.
 
     ties: sums are kept in fewer bits than float32's, as Hopper's FP8 products keep them, so that some P
     fall to the other side of a tie: what `verify` asks is asked instead.
+    tf32: gradients may be those of tf32 products.
     """
     fused = results_and_grads(OP.fused, args)
     if ties:
@@ -40,9 +41,8 @@ def assert_parity(args: tuple[Any, ...], ties: bool = False) -> dict[str, Tensor
     else:
         truth = results_and_grads(OP.reference, widen(args))
         eager = results_and_grads(OP.reference, args)
-        verdicts = check(
-            fused, eager, truth, dtype=args[0].dtype, terms=longest_sum(args[:3]), inherent=True
-        )  # fmt: skip
+        terms = longest_sum(args[:3])
+        verdicts = check(fused, eager, truth, dtype=args[0].dtype, terms=terms, inherent=True, tf32=tf32)
     assert all(v.ok for v in verdicts), "\n".join(f"{v.name}: {v.reason}" for v in verdicts)
     return fused
 

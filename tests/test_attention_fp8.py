@@ -108,7 +108,7 @@ def test_what_fp8_loses_of_gaussian_data(scaling: str, causal: bool) -> None:
     args = (*qkv(256, D=64), causal, None, None, 0, None, None, scaling)
     found = results_and_grads(OP.fused, args)
     exact = results_and_grads(checks.unquantised, widen(args))
-    for name, limit in {"output": 0.06, "grad_0": 0.09, "grad_1": 0.09, "grad_2": 0.06}.items():
+    for name, limit in {"output": 0.06, "grad_0": 0.07, "grad_1": 0.07, "grad_2": 0.06}.items():
         assert 0.01 < relative(found[name], exact[name]) < limit, name
 
 
