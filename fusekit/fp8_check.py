@@ -1,9 +1,10 @@
-"""Judge a linear layer in FP8: four questions, since one tolerance wide enough for FP8 would hide every bug.
+"""Judge a linear layer or an attention in FP8: four questions, since one tolerance wide enough for FP8 would
+hide every bug.
 
-R is what the model wrote, in float64, R8 the FP8 layer's own definition in float64 (straight-through
+R is what the model wrote, in float64, R8 the FP8 op's own definition in float64 (straight-through
 gradients of the decoded codes), f the result. |.| is the Frobenius norm, relative to R's.
 
-    reading     the layer's formula without FP8 equals R: the graph was not misread
+    reading     the op's formula without FP8 equals R: the graph was not misread
     codes       f against R8, by the criterion of every other op: products, scales and sums are right
     rounding    |f - R| <= 1.05 |R8 - R|, whole and by row and column: no worse than FP8 has to be
     range       |R8 - R| is below four times what FP8 loses of Gaussian data: the values suit the recipe
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import FP8_OPS
+from fusekit.kernels.attention import reference as attention_reference
 from fusekit.kernels.linear_act import reference as plain_reference
 from fusekit.kernels.parity import Verdict, check, longest_sum, results_and_grads, widen
 from fusekit.kernels.recipe import Recipe
@@ -36,10 +38,31 @@ FLIPPED = 0.6
 # Root mean square rounding errors of Gaussian operands; two meet in a product.
 LOSS = {torch.float8_e4m3fn: 0.0262, torch.float8_e5m2: 0.053}
 IN_RANGE = 4.0
+# Of attention's output: four operands, of which q and k meet in an exponent.
+ATTENTION_MOST = IN_RANGE * 2 * LOSS[torch.float8_e4m3fn]
 SLICE_LENGTH = 16
 NAMES = {"output": "output", "grad_0": "grad_input", "grad_1": "grad_weight"}
 
 Results = Mapping[str, Tensor]
+
+
+def check_attention_fp8(args: tuple[Any, ...], fused: Results, truth: Results) -> list[Verdict]:
+    """Verdicts on attention_fp8(*args), three a result. P is rounded behind a sum, whose last bit differs by
+    device: all that the op returns stands behind ties of P, as a gradient stands behind an activation's."""
+    wide, names = widen(args), [a.name for a in FP8_OPS["attention_fp8"].fused._schema.arguments]
+    defined = results_and_grads(FP8_OPS["attention_fp8"].reference, wide)
+
+    def plain(*given: Any) -> Tensor:
+        return attention_reference(**{n: x for n, x in zip(names, given, strict=True) if n != "scaling"})
+
+    formula = results_and_grads(plain, wide)
+    scatter = 1 + 8 / math.sqrt(max(1, fused["output"].numel()))
+    verdicts: list[Verdict] = []
+    for name, exact in truth.items():
+        verdicts.append(_reading(name, formula[name], exact))
+        most = ATTENTION_MOST if name == "output" else None
+        verdicts += _rounding(name, fused[name], defined[name], exact, scatter, most)
+    return verdicts
 
 
 def check_fp8(args: tuple[Any, ...], fused: Results, truth: Results) -> list[Verdict]:
@@ -63,9 +86,8 @@ def check_fp8(args: tuple[Any, ...], fused: Results, truth: Results) -> list[Ver
     )  # fmt: skip
     for name, exact in truth.items():
         verdicts.append(_reading(name, formula[name], exact))
-        verdicts += _rounding(
-            name, fused[name], defined[name], exact, scatter if name in behind else 0.0, recipe
-        )
+        apart = scatter if name in behind else 0.0
+        verdicts += _rounding(name, fused[name], defined[name], exact, apart, _most(name, recipe))
     return verdicts
 
 
@@ -76,7 +98,7 @@ def _reading(name: str, formula: Tensor, exact: Tensor) -> Verdict:
 
 
 def _rounding(
-    name: str, fused: Tensor, defined: Tensor, exact: Tensor, scatter: float, recipe: Recipe
+    name: str, fused: Tensor, defined: Tensor, exact: Tensor, scatter: float, most: float | None
 ) -> Iterator[Verdict]:
     finite = defined.isfinite() & exact.isfinite()
     f, d, r = (torch.where(finite, t.double(), 0.0) for t in (fused, defined, exact))
@@ -89,9 +111,9 @@ def _rounding(
         reason = f"error {ours:.3g}, where rounding to FP8 costs {must:.3g}"
     elif (worst := _worst_slice(f - r, d - r, r)) > max(1.0, scatter):
         reason = f"a row or column is {worst:.3g} times as far off as rounding to FP8 allows"
-    elif (most := _most(name, recipe)) is not None and must > most:
+    elif most is not None and must > most:
         reason = (
-            f"FP8 loses {must:.0%} of it on this batch, {most:.0%} is the most; keep the layer with "
+            f"FP8 loses {must:.0%} of it on this batch, {most:.0%} is the most; keep the module with "
             f"Recipe(keep=...), or choose finer scales"
         )
     yield _verdict(f"{name} unrounded", ours, max(must, FLOOR), not reason, reason)

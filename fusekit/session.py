@@ -110,7 +110,7 @@ class Session:
 
 
 # What these are made of are bare products, which strict leaves to the library one by one as well.
-UNFUSED_BY_CHOICE = frozenset({"qkv_linear", "linear_fp8"})
+UNFUSED_BY_CHOICE = frozenset({"qkv_linear", "linear_fp8", "attention_fp8"})
 
 # Dynamo gives a piece of code up once for the whole process and says nothing the next time.
 _given_up: dict[tuple[str, int], _compat.Skipped] = {}

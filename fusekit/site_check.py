@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from fusekit.certificate import SiteCertificate
-from fusekit.fp8_check import check_fp8
-from fusekit.kernels import OPS, attention, linear_fp8
+from fusekit.fp8_check import check_attention_fp8, check_fp8
+from fusekit.kernels import FP8_OPS, OPS, attention, linear_fp8
 from fusekit.kernels.norm_fp8 import WITH_CODES
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 from fusekit.passes.region import Fusion
@@ -72,8 +72,9 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
     for results in (fused_results, eager_results, truth):
         _add_up(results, repeated)
     dtype = next(a.dtype for a in args if isinstance(a, Tensor))
-    if fusion.op == "linear_fp8":
-        checks = check_fp8(args, fused_results, truth)
+    if fusion.op in FP8_OPS:
+        judge = check_fp8 if fusion.op == "linear_fp8" else check_attention_fp8
+        checks = judge(args, fused_results, truth)
         timed = timed and fusion.implementation != "emulated"  # nobody asks an emulation to be fast
     else:
         checks = check(

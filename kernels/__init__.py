@@ -5,6 +5,7 @@ if __name__ == "fusekit.kernels":
         add_layer_norm,
         add_rms_norm,
         attention,
+        attention_fp8,
         gated_mlp,
         linear_act,
         linear_cross_entropy,
@@ -29,8 +30,9 @@ if __name__ == "fusekit.kernels":
         "rope": rope.OP,
     }
     # Apart: rounding to FP8 is piecewise constant, so no derivative of a reference is the gradient, and what
-    # they are judged by is in tests/test_linear_fp8.py. Rules use them only where a recipe was asked for.
-    FP8_OPS: dict[str, Op] = {"linear_fp8": linear_fp8.OP}
+    # they are judged by is in tests/test_linear_fp8.py and tests/test_attention_fp8.py. Rules use them only
+    # where a recipe was asked for.
+    FP8_OPS: dict[str, Op] = {"attention_fp8": attention_fp8.OP, "linear_fp8": linear_fp8.OP}
 else:
     # Python started in a checkout finds this folder under the name of a Hugging Face package, for which
     # transformers probes. The probe must come back with "nothing usable"; anything more is refused.

@@ -177,6 +177,7 @@ def _grad_query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
     ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr = False,
 ):  # fmt: skip
     # With dP = dy v^T and delta = rowsum(dy * out):  dS = P (dP - delta),  dq = scale dS k
     # delta is stored here for the other kernel, since this one reads dy and out rows anyway.
@@ -234,7 +235,7 @@ def _grad_query_kernel(
             documents_ptr, key_documents_ptr, global_queries_ptr, global_keys_ptr,
             Tq, Tk, low, high, offset, MASK, BAND, True, ALIBI, DOCUMENTS, GLOBALS,
         )  # fmt: skip
-        p = probabilities(masked, stats_ptr, rows[:, None], (m < Tq)[:, None], rows_total, MASK)
+        p = probabilities(masked, stats_ptr, rows[:, None], (m < Tq)[:, None], rows_total, MASK, ROUNDED)
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             keeps = kept(seed, head_index, m[:, None], n[None, :], Tq, Tk, dropout)
@@ -259,6 +260,7 @@ def _grad_key_value_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
     ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr = False,
 ):  # fmt: skip
     # dv = P^T dy,  dk = scale dS^T q, summed over the query heads of the group. Tiles are held transposed,
     # (N, M), so that both products take them as the left operand. One masked loop: split in two, triton 3.6
@@ -320,7 +322,7 @@ def _grad_key_value_kernel(
                 documents_ptr, key_documents_ptr, global_queries_ptr, global_keys_ptr,
                 Tq, Tk, low, high, offset, MASK, BAND, True, ALIBI, DOCUMENTS, GLOBALS,
             )  # fmt: skip
-            p = probabilities(masked, stats_ptr, rows[None, :], (m < Tq)[None, :], rows_total, MASK)
+            p = probabilities(masked, stats_ptr, rows[None, :], (m < Tq)[None, :], rows_total, MASK, ROUNDED)
             dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
             if DROPOUT:
                 keeps = kept(seed, head_index, m[None, :], n[:, None], Tq, Tk, dropout)

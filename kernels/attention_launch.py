@@ -78,15 +78,20 @@ FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 
 IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
 IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
 IEEE_GLOBALS_64 = (16, 16, 8, 2)  # grad_key_value
+ROUNDED_FLOAT32 = (32, 16, 8, 2)  # attention_fp8, up to 32 features: with 32 keys it spills
 
 
 def _padded(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
-def _blocks(kernel: str, q: Tensor, v: Tensor, form: Form) -> tuple[int, int, int, int]:
+def _blocks(
+    kernel: str, q: Tensor, v: Tensor, form: Form, rounded: bool = False
+) -> tuple[int, int, int, int]:
     widest = _padded(max(q.shape[-1], v.shape[-1]))
     more = q.shape[1] != v.shape[1] or form.is_banded or form.demands > 0
+    if rounded and (kernel, q.dtype) == ("grad_query", torch.float32) and widest <= 32:
+        return ROUNDED_FLOAT32
     if q.dtype == torch.float32:
         return _blocks_float32(kernel, max(32, widest), more, form, q)
     if form.demands > 1:
@@ -181,9 +186,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, bias_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dq, dk, dv, each laid out as (B, T, H, D); the gradients of an additive mask and of sinks, or None."""
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, bias_grad: bool,
+    rounded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, each laid out as (B, T, H, D); the gradients of an additive mask and of sinks, or None.
+    rounded: P and stats are attention_fp8's."""
     (B, H, Tq, D), (_, kv_heads, Tk, DV) = q.shape, v.shape
     mask, mask_strides = _broadcast(form.mask, q, k)
     delta = stats.new_empty((B, H, Tq))
@@ -194,13 +201,13 @@ def backward(
     scores = _score_numbers(form)
     numbers = (H, H // kv_heads, Tq, Tk, B * H * Tq, form.scale, *scores, form.dropout, form.seed_offset)
 
-    block_m, block_n, warps, stages = _blocks("grad_query", q, v, form)
+    block_m, block_n, warps, stages = _blocks("grad_query", q, v, form, rounded)
     launch(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
         dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), rows.global_key_blocks(block_n),
         form.seed, stats, delta, dq,
         *strides, *numbers,
-        **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
+        **_constants(q, v, form, block_m, block_n), ROUNDED=rounded, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_m, block_n, warps, stages = _blocks("grad_key_value", q, v, form)
     launch(
@@ -208,7 +215,7 @@ def backward(
         dy, q, k, v, mask, *rows, rows.query_ranges(block_n), rows.global_query_blocks(block_m),
         form.seed, stats, delta, dk, dv,
         *strides, *numbers,
-        **_constants(q, v, form, block_m, block_n), num_warps=warps, num_stages=stages,
+        **_constants(q, v, form, block_m, block_n), ROUNDED=rounded, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dmask = None
     if bias_grad:

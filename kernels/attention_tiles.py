@@ -108,9 +108,23 @@ def kept(seed, head_index, m, n, Tq, Tk, dropout):
 
 
 @triton.jit
-def probabilities(scores, stats_ptr, rows, inside, rows_total, MASK: tl.constexpr):
-    """P of the forward pass again. rows broadcasts to the tile; outside, +inf makes it zero."""
+def round_to_e4m3(x):
+    """Values in [0, 448] to the nearest of e4m3, ties to even: adding 2^20 times the power of two below x
+    leaves 3 bits of mantissa."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    magic = tl.maximum(power, 0.015625) * 1048576.0
+    return (x + magic) - magic
+
+
+@triton.jit
+def probabilities(
+    scores, stats_ptr, rows, inside, rows_total, MASK: tl.constexpr, ROUNDED: tl.constexpr = False
+):
+    """P of the forward pass again. rows broadcasts to the tile; outside, +inf makes it zero.
+    ROUNDED: the forward pass was attention_fp8's."""
     p = scores - tl.load(stats_ptr + rows, mask=inside, other=float("inf"))
+    if ROUNDED:
+        return round_to_e4m3(tl.exp2(p)) * tl.load(stats_ptr + rows_total + rows, mask=inside, other=0.0)
     if MASK == 2:
         p -= tl.load(stats_ptr + rows_total + rows, mask=inside, other=0.0)
     return tl.exp2(p)

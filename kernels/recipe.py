@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 SCALINGS = ("tensor", "row", "block", "mx")
+ATTENTIONS = ("head", "block")
 ACCUMULATIONS = ("exact", "fp32", "promote128", "fast")
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -48,8 +49,10 @@ class Recipe:
     history, margin: of delayed scales: steps that are looked back on, 1 to 1024, and bits of headroom above
         the largest value among them, 0 to 8.
     edge_blocks: so many first and last blocks of the model stay in high precision.
-    keep: modules that stay, by name or pattern ("blocks.*.attention"). These five are about a model and
-        are no part of the token.
+    keep: modules that stay, by name or pattern ("blocks.*.attention").
+    attention: None leaves attention in 16 bits; "head" and "block" cast q, k, v and P of its forward pass,
+        with one scale a head or one for 128 tokens of it (attention_fp8.py), where the recipe keeps no
+        module around it. These six are about a model and are no part of the token.
     """
 
     forward: torch.dtype = torch.float8_e4m3fn
@@ -66,6 +69,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     history: int = 1024
     margin: int = 0
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("forward", "gradient"):
@@ -99,6 +103,8 @@ class Recipe:
                 f"Recipe: history is 1 to 1024 steps and margin 0 to 8 bits, "
                 f"got {self.history} and {self.margin}"
             )
+        if self.attention is not None and self.attention not in ATTENTIONS:
+            raise ValueError(f"Recipe: attention={self.attention!r} is none of None, {', '.join(ATTENTIONS)}")
         if self.edge_blocks < 0:
             raise ValueError(f"Recipe: edge_blocks is not negative, got {self.edge_blocks}")
         if isinstance(self.keep, str) or not all(isinstance(name, str) for name in self.keep):

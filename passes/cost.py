@@ -128,6 +128,38 @@ def why_fp8_does_not_pay(M: int, N: int, K: int, value: Any) -> str | None:
     )
 
 
+def fp8_attention_seconds(
+    q: Tensor, k: Tensor, v: Tensor, flops: int, scaling: str, training: bool
+) -> tuple[float, float]:
+    """An attention of so many forward FLOPs in bf16 and with an FP8 forward pass, casts included; `training`
+    with the backward pass, whose 5 products for the forward pass's 2 are 16-bit in both."""
+    device = device_of(q)
+    products, started = flops / device.low, EAGER_OVERHEAD["cuda"]
+    operands = size(q) + size(k) + size(v)
+    reads = 2 if scaling == "head" else 1  # the largest value of a head first
+    casts = operands * (2 * reads + 1) / device.bandwidth + 3 * (2 * reads - 1) * started
+    if training:  # codes are brought back to 16 bits
+        casts += operands * (1 + 2) / device.bandwidth + 3 * started
+    backward = 2.5 * products if training else 0.0
+    return products + backward, products / FP8_SPEED + backward + casts
+
+
+def why_fp8_attention_does_not_pay(
+    q: Tensor, k: Tensor, v: Tensor, flops: int, scaling: str, training: bool
+) -> str | None:
+    """None where an FP8 forward pass is faster, or only emulated."""
+    if emulates_fp8(q):
+        return None
+    low, fp8 = fp8_attention_seconds(q, k, v, flops, scaling, training)
+    if low >= FP8_LEAST_GAIN * fp8:
+        return None
+    passes = "forward and backward" if training else "forward"
+    return (
+        f"{hint(k.shape[-2])} keys would take {fp8 * 1e6:.0f} µs in FP8, casts included, and take "
+        f"{low * 1e6:.0f} µs in bf16, {passes} on {device_of(q).name}, as estimated"
+    )
+
+
 def node_flops(node: fx.Node) -> int:
     """Multiply-adds counted twice; elementwise ops and reductions count one per element."""
     result = tensors_of(node.meta["val"])[0]

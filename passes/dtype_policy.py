@@ -97,8 +97,13 @@ def takes_dtype(target: Any) -> bool:
     return target.overloadpacket in _OWN_DTYPE and "dtype" in names
 
 
+_LOW_OPS = frozenset({
+    "attention", "attention_fp8", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp", "qkv_linear",
+})  # fmt: skip
+
+
 def _fusekit_policy(name: str) -> Policy:
-    if name in ("attention", "gated_mlp", "linear_act", "linear_cross_entropy", "mlp", "qkv_linear"):
+    if name in _LOW_OPS:
         return Policy.LOW
     if name.endswith("rope"):
         return Policy.ROPE

@@ -42,11 +42,8 @@ def why_kept(match: Match, settings: Settings, *, in_checkpoint: bool = False) -
     """
     recipe = settings.recipe
     assert recipe is not None
-    name = module_name(match, settings)
-    if any(n.meta.get("full_precision") for n in match.nodes):
-        return "autocast(enabled=False) around it keeps it in float32"
-    if pattern := next((p for p in settings.keep if _is_inside(name, p)), None):
-        return f"the recipe keeps {pattern} in high precision"
+    if reason := why_wanted(match, settings):
+        return reason
     if _leads_to_choice(match.root):
         return "a router: which values are largest is read from its result"
     if not (recipe.head or in_checkpoint) and _is_output_layer(match.root):
@@ -54,6 +51,16 @@ def why_kept(match: Match, settings: Settings, *, in_checkpoint: bool = False) -
     x, weight = value_of(match.arguments["x"]), match.arguments["weight"]
     N, K = _weight_shape(weight)
     return cost.why_fp8_does_not_pay(cost.size(x) // max(K, 1), N, K, x)
+
+
+def why_wanted(match: Match, settings: Settings) -> str | None:
+    """Why the user wants a site, a layer or an attention, in high precision; None: nobody said so."""
+    name = module_name(match, settings)
+    if any(n.meta.get("full_precision") for n in match.nodes):
+        return "autocast(enabled=False) around it keeps it in float32"
+    if pattern := next((p for p in settings.keep if _is_inside(name, p)), None):
+        return f"the recipe keeps {pattern} in high precision"
+    return None
 
 
 def product_of(match: Match) -> fx.Node:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fusekit.kernels import FP8_OPS, OPS
+from fusekit.passes import fp8_attention
 from fusekit.passes.canonicalise import bodies, location
 from fusekit.passes.cost import hint
 from fusekit.passes.fp8_sites import is_layer, module_name, product_of, weight_shape, why_kept
@@ -138,6 +139,18 @@ class _Fuser:
             self.rewriter.gone.update(nodes)
         return levels.reason(layer)
 
+    def attention(self, match: Match) -> Match:
+        """The match with FP8 products, where the recipe asks for them and the site allows it."""
+        recipe = self.region.settings.recipe
+        if recipe is None or recipe.attention is None or "attention_fp8" in self.region.config.disable:
+            return match
+        found = fp8_attention.in_fp8(match, recipe.attention)
+        reason = fp8_attention.why_kept(match, found, self.region.settings, self.region.training)
+        if reason is None:
+            return found
+        self.region.refuse("attention_fp8", _location(match), f"stays in 16 bits: {reason}")
+        return match
+
     def takes(self, op: str) -> bool:
         wanted = self.region.settings.fuse
         return (wanted is None or op in wanted) and op not in self.region.config.disable
@@ -152,9 +165,11 @@ class _Fuser:
         """Rewrite one match; or leave the graph as it was and say why."""
         if self.rewriter.gone & {*match.nodes, *match.outputs}:
             return "part of it is fused already"
-        op = ALL_OPS[match.rule.op]
         if match.rule.finish is not None and (reason := match.rule.finish(match)):
             return reason
+        if match.rule.op == "attention":
+            match = self.attention(match)
+        op = ALL_OPS[match.rule.op]
         before = insertion_point(match)
         late = [node for node in operands(match.arguments) if not node < before]
         if not all(self.may_come_earlier(node, match) for node in late):

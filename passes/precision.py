@@ -39,20 +39,18 @@ def place_casts(region: Region) -> None:
 
 
 def _report_fp8(region: Region) -> None:
-    layers = [
-        n
-        for body in bodies(region.module)
-        for n in body.graph.nodes
-        if n.target is FP8_OPS["linear_fp8"].fused
-    ]
+    nodes = [n for body in bodies(region.module) for n in body.graph.nodes]
+    layers, attentions = (
+        [n for n in nodes if n.target is FP8_OPS[name].fused] for name in ("linear_fp8", "attention_fp8")
+    )
     assert region.settings.recipe is not None
     if region.settings.levels is None:
-        note = (
-            f"FP8 recipe {region.settings.recipe.token()}: {len(layers)} linear layers; the rest in bfloat16"
-        )
+        recipe = region.settings.recipe
+        more = "" if recipe.attention is None else f", {len(attentions)} attentions by {recipe.attention}"
+        note = f"FP8 recipe {recipe.token()}: {len(layers)} linear layers{more}; the rest in bfloat16"
     else:
         note = f"precision auto: {len(layers)} of {len(region.layers)} layers have FP8 products"
-    if layers and emulates_fp8(layers[0].meta["val"]):
+    if (layers or attentions) and emulates_fp8((layers or attentions)[0].meta["val"]):
         note += ". Emulated: this device has no FP8 products, so the numbers are FP8's and the speed is not"
     region.notes.append(note)
 

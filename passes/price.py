@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusekit.kernels import attention, linear_fp8
+from fusekit.kernels import FP8_OPS, attention, linear_fp8
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.op import LOW_PRECISION
 from fusekit.passes import cost, tf32
@@ -33,6 +33,7 @@ CPU_PATHS = {
     "add_layer_norm": (1.0, "aten"),
     "add_rms_norm": (0.5, "aten"),
     "attention": (0.0, ""),
+    "attention_fp8": (0.0, "emulated"),
     "gated_mlp": (0.5, "onednn"),
     "linear_act": (1.0, "onednn"),
     "linear_cross_entropy": (0.0, "chunks"),
@@ -54,7 +55,7 @@ def price(region: Region) -> None:
         for node in _fused(module):
             eager, fused = _estimate(node)
             fusion: Fusion = node.meta["fusion"]
-            if fusion.op == "linear_fp8":
+            if fusion.op in FP8_OPS:
                 continue  # asked for, and priced before it was placed
             reason = _declined(node)
             if fusion.estimated_gain is not None and fusion.estimated_gain < LEAST_GAIN:
@@ -107,8 +108,8 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     remaining, fusion.implementation = CPU_PATHS[fusion.op] if kind == "cpu" else (0.0, "triton")
     if fusion.op == "attention":
         fusion.implementation = runs_on(node)
-    if fusion.op == "linear_fp8":
-        return _estimate_fp8(node, replaced, started)
+    if fusion.op in FP8_OPS:
+        return _estimate_fp8(node, replaced)
     moved = ends + int(remaining * max(0, replaced.bytes - ends))
     fused = roofline(replaced.flops, moved, value, tf32=tf32.is_on(node))
     fusion.bytes_saved = max(0, replaced.bytes - moved)
@@ -148,17 +149,21 @@ def name_implementations(region: Region) -> None:
                 fusion.implementation = runs_on(node)
 
 
-def _estimate_fp8(node: fx.Node, replaced: Cost, started: int) -> tuple[float, float]:
-    """Forward and backward of the layer, in bf16 and in FP8; emulated there is no gain to speak of."""
+def _estimate_fp8(node: fx.Node, replaced: Cost) -> tuple[float, float]:
+    """Forward and backward of the site, in bf16 and in FP8; emulated there is no gain to speak of."""
     fusion: Fusion = node.meta["fusion"]
     fusion.bytes_saved = 0
     if cost.emulates_fp8(node.meta["val"]):
         fusion.implementation = EMULATED
         return replaced.seconds, replaced.seconds
-    x, weight = _inputs(node)[:2]
-    fusion.implementation = runs_on(node)
-    N, K = map(cost.hint, weight.shape)
-    low, fp8 = cost.fp8_seconds(cost.size(x) // K, N, K, x)
+    if fusion.op == "attention_fp8":
+        q, k, v = _inputs(node)[:3]
+        low, fp8 = cost.fp8_attention_seconds(q, k, v, fusion.flops, str(node.args[-1]), q.requires_grad)
+    else:
+        x, weight = _inputs(node)[:2]
+        fusion.implementation = runs_on(node)
+        N, K = map(cost.hint, weight.shape)
+        low, fp8 = cost.fp8_seconds(cost.size(x) // K, N, K, x)
     fusion.estimated_gain = low / fp8
     return low, fp8
 

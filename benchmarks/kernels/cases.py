@@ -144,6 +144,14 @@ def _attention(
     )
 
 
+def _attention_fp8(
+    q, k, v, causal=False, scale=None, window=None, offset=0, documents=None, key_documents=None, *_
+):  # type: ignore[no-untyped-def] # fmt: skip
+    """The attention without FP8: what FP8 has to be worth."""
+    rows = {"documents": documents, "key_documents": key_documents}
+    return _attention(q, k, v, None, causal, scale, window=window, offset=offset, **rows)
+
+
 def _linear_fp8(x, weight, bias=None, act="none", *_):  # type: ignore[no-untyped-def]
     """The layer without FP8: what FP8 has to be worth."""
     return _linear_act(x, weight.to(x.dtype), _like(bias, x), None, act)
@@ -245,6 +253,7 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "add_layer_norm": _add_layer_norm,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
+    "attention_fp8": _attention_fp8,
     "gated_mlp": _gated_mlp,
     "linear_act": _linear_act,
     "linear_fp8": _linear_fp8,

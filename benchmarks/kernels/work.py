@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.kernels.cases import Case, gradients_of
 
 # FLOPs of the backward pass over the forward pass's: two products for one; attention recomputes its scores.
-BACKWARD_FLOPS = {"attention": 2.5}
+BACKWARD_FLOPS = {"attention": 2.5, "attention_fp8": 2.5}
 
 
 @dataclass(frozen=True)

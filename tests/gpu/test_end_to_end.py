@@ -108,6 +108,27 @@ def test_delayed_scales_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(gpu["history"], cpu["history"], rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("scaling", ["head", "block"])
+def test_fp8_attention_trains_as_on_the_cpu(scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention alone is cast, and its codes are the same on both devices."""
+    monkeypatch.setattr(cost, "why_fp8_attention_does_not_pay", lambda *_: None)
+    torch.manual_seed(0)
+    on_cpu = GPT(GPTConfig(vocab=61, context=40, layers=1, width=32, heads=2))
+    layers = tuple(name for name, module in on_cpu.named_modules() if isinstance(module, nn.Linear))
+    on_gpu = copy.deepcopy(on_cpu).to("cuda")
+    tokens = torch.randint(61, (2, 38), generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in (on_cpu, on_gpu):
+        torch._dynamo.reset()
+        fusekit.optimize(model, precision=fusekit.Recipe(attention=scaling, keep=layers), remainder="eager")
+        found.append(_steps(model, tokens.to(next(model.parameters()).device), 2))
+        assert "attention_fp8" in {f.op for f in fusekit.explain(model).fused}, str(fusekit.explain(model))
+    for want, got in zip(*found, strict=True):
+        assert abs(got - want) <= 2e-2 * abs(want)
+    for (name, want), got in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
+        assert (got.cpu() - want).norm() <= 5e-3 * want.norm(), name
+
+
 class _Readers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
