@@ -40,25 +40,29 @@ def _forward_blocks(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr, BOUNDED: tl.constexpr,
     ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
+    # FOLDED: scores are bare products here, and the scale, which is positive, rides on the exponent's
+    # subtraction as one multiply-add an element.
+    factor = scale_log2 if FOLDED else 1.0
     for step in tl.range(first, end, BLOCK_N):
         start = visited(step, last, blocks_ptr, left, jump, BLOCK_N) if GLOBALS != 0 else step
         n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, n, stride_kn, stride_kd, Tk, D, BLOCK_D)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = capped_scores(products, scale_log2, cap_log2, CAP)
+        scores = products if FOLDED else capped_scores(products, scale_log2, cap_log2, CAP)
         if MASK != 0 or BOUNDED or ALIBI != 0:
             scores = mask_scores(
                 scores, m[:, None], n[None, :], mask_ptr, stride_mm, stride_mn, slope, places_ptr,
                 documents_ptr, key_documents_ptr, global_queries_ptr, global_keys_ptr,
                 Tq, Tk, low, high, offset, MASK, BAND, BOUNDED, ALIBI, DOCUMENTS, GLOBALS,
             )  # fmt: skip
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * factor)
         # A masked row may have met no key yet, and -inf - -inf is NaN. Else every row meets key 0 at once.
         base = new_largest
         if MASK != 0 or BAND == 2 or DOCUMENTS:
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        p = tl.exp2(scores - base[:, None])
+        p = tl.exp2(scores * factor - base[:, None])
         rescale = tl.exp2(largest - base)
         total = total * rescale + tl.sum(p, 1)
         if DROPOUT:
@@ -81,6 +85,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
     ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr, GLOBALS: tl.constexpr, PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     head_index = tl.program_id(0) // blocks
@@ -130,7 +135,7 @@ def _forward_kernel(
             stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
             Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-            MASK, 0, CAP, DROPOUT, False, ALIBI, DOCUMENTS, GLOBALS, PRECISION,
+            MASK, 0, CAP, DROPOUT, False, ALIBI, DOCUMENTS, GLOBALS, PRECISION, FOLDED,
         )  # fmt: skip
         first = whole
     acc, total, largest = _forward_blocks(
@@ -139,7 +144,7 @@ def _forward_kernel(
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn,
         Tq, Tk, scale_log2, cap_log2, low, high, offset, seed, head_index, dropout,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-        MASK, BAND, CAP, DROPOUT, True, ALIBI, DOCUMENTS, GLOBALS, PRECISION,
+        MASK, BAND, CAP, DROPOUT, True, ALIBI, DOCUMENTS, GLOBALS, PRECISION, FOLDED,
     )  # fmt: skip
 
     if sinks_ptr is not None:  # one logit more in the sum, which brings no value

@@ -57,6 +57,13 @@ CONFIGS = {
         256: ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     },
 }
+# Measured on an H100 (benchmarks/results/attention_tiles_h100.json): 16 bits, full or causal, features that
+# fill the padding, heads that do not share keys.
+CONFIGS_SM90 = {
+    ("forward", 64): (128, 64, 4, 3), ("forward", 128): (128, 128, 8, 3),
+    ("grad_query", 128): (64, 64, 4, 2),
+    ("grad_key_value", 64): (128, 64, 4, 2), ("grad_key_value", 128): (64, 64, 4, 2),
+}  # fmt: skip
 # grad_key_value, no mask: heads that share keys, bands, caps, ALiBi, documents; features that do not fill
 # 128; 128 features on sm_80, where Triton 3.6 spills
 NARROWER = {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
@@ -102,6 +109,10 @@ def _blocks(
         return dropping
     if form.mask is not None:
         return masked
+    if not more and not rounded and min(q.shape[-1], v.shape[-1]) == widest:
+        measured = CONFIGS_SM90.get((kernel, widest))
+        if measured is not None and target_of(capability(q)) == "sm_90":
+            return measured
     partial = widest == 128 and min(q.shape[-1], v.shape[-1]) < 128
     on_sm80 = widest == 128 and target_of(capability(q)) == "sm_80"
     if kernel == "forward":
@@ -156,6 +167,11 @@ def _score_numbers(form: Form) -> tuple[float, float | None, int | None, int | N
     return form.scale / form.softcap, form.softcap * LOG2E, low, high, offset
 
 
+def _folds(form: Form) -> bool:
+    """Whether scores are products times a positive number, so that the largest product makes the largest."""
+    return form.mask is None and form.softcap is None and form.slopes is None and form.scale > 0
+
+
 def _broadcast(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
     """The mask as (B, H, Tq, Tk), broadcast dimensions at stride 0, booleans as bytes; and its strides."""
     if mask is None:
@@ -180,7 +196,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
         form.seed, out, stats,
         *q.stride(), *k.stride(), *v.stride(), *mask_strides, *rows.strides,
         H, H // k.shape[1], Tq, Tk, B * H * Tq, *_score_numbers(form), form.dropout, form.seed_offset,
-        **constants, num_warps=warps, num_stages=stages,
+        **constants, FOLDED=_folds(form), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out.transpose(1, 2), stats
 
