@@ -68,7 +68,7 @@ CONFIGS_SM90 = {
 # 128; 128 features on sm_80, where Triton 3.6 spills
 NARROWER = {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
 FORWARD_SM80 = (128, 32, 8, 3)  # features that do not fill 128
-# Two or more of a mask, dropout, a cap, ALiBi and documents: registers for all of them.
+# Two or more of a mask, dropout, a cap, ALiBi, documents and global tokens: registers for all of them.
 COMBINED = {
     "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
     "grad_bias": (16, 32, 4, 1),
@@ -84,8 +84,13 @@ CONFIGS_FLOAT32 = {
 FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
 IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
 IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
-IEEE_GLOBALS_64 = (16, 16, 8, 2)  # grad_key_value
 ROUNDED_FLOAT32 = (32, 16, 8, 2)  # attention_fp8, up to 32 features: with 32 keys it spills
+# Beside global tokens, whose list and flags take registers.
+GLOBALS = {("forward", 128): (128, 32, 8, 3)}
+GLOBALS_FLOAT32 = {
+    ("forward", 128): (16, 16, 16, 1), ("grad_query", 32): (16, 32, 8, 1), ("grad_query", 64): (16, 32, 8, 1),
+    ("grad_key_value", 64): (16, 16, 8, 2),
+}  # fmt: skip
 
 
 def _padded(features: int) -> int:
@@ -109,6 +114,8 @@ def _blocks(
         return dropping
     if form.mask is not None:
         return masked
+    if form.has_globals and (kernel, widest) in GLOBALS:
+        return GLOBALS[kernel, widest]
     if not more and not rounded and min(q.shape[-1], v.shape[-1]) == widest:
         measured = CONFIGS_SM90.get((kernel, widest))
         if measured is not None and target_of(capability(q)) == "sm_90":
@@ -132,8 +139,8 @@ def _blocks_float32(kernel: str, widest: int, more: bool, form: Form, q: Tensor)
         return IEEE_FLOAT32[kernel, widest]
     if (kernel, widest) == ("grad_key_value", 128) and form.documents is not None and not form.tf32:
         return IEEE_DOCUMENTS_128
-    if (kernel, widest) == ("grad_key_value", 64) and form.has_globals and not form.tf32:
-        return IEEE_GLOBALS_64
+    if form.has_globals and (kernel, widest) in GLOBALS_FLOAT32:
+        return GLOBALS_FLOAT32[kernel, widest]
     base = CONFIGS_FLOAT32[kernel][widest]
     return FORMS_FLOAT32.get((kernel, widest), base) if more else base
 
