@@ -39,7 +39,7 @@ def help_quantise(reader: fx.Node, turned: bool) -> Made | None:
         return None  # under another grad mode, or with a write in between
     if by_item and source.target in WITH_CODES:
         return _norm(source, reader, turned) if why_not(x.meta["val"], recipe) is None else None  # type: ignore[union-attr]
-    if source.target is LINEAR and helps(recipe) and source.args[3] != "none":
+    if source.target is LINEAR and recipe.output and helps(recipe) and source.args[3] != "none":
         return _layer(source, reader) if keeps_count(Recipe.parse(str(source.args[4]))) else None
     return None
 

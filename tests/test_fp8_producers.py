@@ -13,7 +13,7 @@ import fusekit
 from fusekit.kernels import norm_fp8
 from fusekit.kernels.fp8_maxima import fp8_maxima
 from fusekit.kernels.fp8_operand import fp8_operand
-from fusekit.kernels.recipe import PRESETS
+from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.passes import quantise
 from fusekit.passes.canonicalise import bodies
 from fusekit.session import session
@@ -119,7 +119,13 @@ def test_a_layer_with_an_activation_keeps_count(precision, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("forward", "precision"),
-    [(behind_a_layer, "fp8-delayed"), (behind_a_layer, "fp8-block"), (behind_a_plain_layer, "fp8-rowwise")],
+    [
+        (behind_a_layer, "fp8-delayed"),
+        (behind_a_layer, "fp8-block"),
+        (behind_a_layer, Recipe(output=False)),
+        (behind_a_plain_layer, "fp8-rowwise"),
+    ],
+    ids=str,
 )
 def test_layers_that_keep_no_count(forward, precision) -> None:
     """Both layouts come from one read already; and a library may be faster where nothing else rides."""
