@@ -53,9 +53,10 @@ def product(
     act: str = "none",
     z: Tensor | None = None,
     fast: bool = False,
+    maxima: Tensor | None = None,
 ) -> None:
     """fp8_gemm.product, by whoever is the fastest."""
-    if not recording() and recipe.accumulation != "exact":
+    if not recording() and recipe.accumulation != "exact" and maxima is None:
         call = Call(
             output.device, capability(output), (output.shape[0], output.shape[1], contraction),
             (*dtypes, output.dtype), recipe.scaling, _accumulation(recipe, fast),
@@ -65,7 +66,7 @@ def product(
             return fp8_library.run(a, b, output, call, bias)
     fp8_gemm.product(
         a, b, output, recipe, dtypes, contraction=contraction, square=square, bias=bias, act=act, z=z,
-        fast=fast,
+        fast=fast, maxima=maxima,
     )  # fmt: skip
 
 

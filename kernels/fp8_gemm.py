@@ -72,13 +72,14 @@ def _decode_mx(code, inverse, E5M2: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: t
 
 @triton.jit
 def product_kernel(
-    a_ptr, b_ptr, output_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, z_ptr, M, N, K, b_groups, stride_om,
+    a_ptr, b_ptr, output_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, z_ptr, maxima_ptr, M, N, K, b_groups,
+    stride_om,
     SCALING: tl.constexpr, SQUARE: tl.constexpr, NATIVE: tl.constexpr, PROMOTE: tl.constexpr,
-    A_E5M2: tl.constexpr, B_E5M2: tl.constexpr, ACT: tl.constexpr,
+    A_E5M2: tl.constexpr, B_E5M2: tl.constexpr, ACT: tl.constexpr, BY_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """K: of the padded rows of both operands. b_groups: inverse scales of b at one step. SQUARE: b's groups
-    are 128 rows tall."""
+    are 128 rows tall. BY_ROW: maxima are of the output's rows, then of its columns, else of all of it."""
     block_m, block_n = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,8 +129,17 @@ def product_kernel(
     offsets = rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + offsets, accumulator.to(z_ptr.dtype.element_ty), mask=mask)
-    output = ACT(accumulator)
-    tl.store(output_ptr + offsets, output.to(output_ptr.dtype.element_ty), mask=mask)
+    output = ACT(accumulator).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + offsets, output, mask=mask)
+    if maxima_ptr is not None:
+        magnitude = tl.where(mask, output.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        of_rows = tl.max(magnitude, 1)
+        if BY_ROW:
+            tl.atomic_max(maxima_ptr + rows, of_rows, mask=rows < M, sem="relaxed")
+            of_columns = tl.max(magnitude, 0)
+            tl.atomic_max(maxima_ptr + M + columns, of_columns, mask=columns < N, sem="relaxed")
+        else:
+            tl.atomic_max(maxima_ptr, tl.max(of_rows, 0), sem="relaxed")
 
 
 def multiplies_fp8(x: Tensor) -> bool:
@@ -161,6 +171,7 @@ def product(
     act: str = "none",
     z: Tensor | None = None,
     fast: bool = False,
+    maxima: Tensor | None = None,
     native: bool | None = None,
     tile: Tile | None = None,
 ) -> None:
@@ -174,6 +185,8 @@ def product(
         contraction: K before padding.
         square: b is a weight of block scaling.
         fast: this product may leave sums in the tensor core.
+        maxima: float32, raised to the largest magnitudes of the output: one element of all of it, or M + N of
+            its rows and columns.
         native, tile: instead of what the device is given, for tests.
     """
     if recipe.accumulation == "exact":
@@ -194,6 +207,7 @@ def product(
         "A_E5M2": dtypes[0] == torch.float8_e5m2,
         "B_E5M2": dtypes[1] == torch.float8_e5m2,
         "ACT": ACTIVATIONS[act].kernel,
+        "BY_ROW": maxima is not None and maxima.numel() > 1,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
@@ -201,8 +215,9 @@ def product(
     }
     grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
     launch(
-        product_kernel, grid, *codes, output, a.inverse, b.inverse, bias, z, M, N, K, b.inverse.shape[1],
-        output.stride(0), **meta, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        product_kernel, grid, *codes, output, a.inverse, b.inverse, bias, z,
+        None if maxima is None else maxima.view(torch.int32), M, N, K, b.inverse.shape[1], output.stride(0),
+        **meta, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

@@ -102,6 +102,14 @@ def _empty(
     return found[0], found[1], found[2], found[3]
 
 
+def _known(maxima: Tensor | None, rows: Tensor, recipe: Recipe) -> tuple[Tensor | None, Tensor | None]:
+    """Of all of the tensor, or of its rows and of its columns."""
+    if maxima is None or recipe.scaling == "tensor":
+        return maxima, None
+    columns = rows.shape[1]
+    return (maxima[:-columns] if maxima.shape[0] > columns else None), maxima[-columns:]
+
+
 def _run(
     x: Tensor, recipe: str, which: int, dtype: torch.dtype, plain: bool, turned: bool, scale: Tensor | None,
     amax: Tensor | None, maxima: Tensor | None = None,
@@ -116,7 +124,7 @@ def _run(
             largest = None if amax is None else amax[which : which + 1]
             given = [operand if wanted else None for operand, wanted in zip(held, layouts, strict=True)]
             weight = which == linear_fp8_cpu.WEIGHT
-            known = (maxima, None) if chosen.scaling == "tensor" else (None, maxima)
+            known = _known(maxima, rows, chosen)
             cast(rows, chosen.forward, chosen, *given, weight=weight, scale=own, amax=largest, known=known)
         return results
     made = list(results)
@@ -142,6 +150,6 @@ def _detached(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 # which: 0 of x, 1 of a weight. dtype: of the layer's x. plain, turned: the layouts that are wanted. scale and
-# amax: (3,), of the layer, as linear_fp8 takes them. maxima: of x, or with scales of rows of its columns, as
-# norm_fp8.py found them; a GPU then reads x once less.
+# amax: (3,), of the layer, as linear_fp8 takes them. maxima: of x; with scales of rows, of its columns, or of
+# its rows and its columns: norm_fp8.py, fp8_maxima.py. A GPU then reads x once less.
 fp8_operand = define("fp8_operand" + _SCHEMA, _run, _empty, autograd=_detached)

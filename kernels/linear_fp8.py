@@ -16,6 +16,8 @@ raised to the largest magnitudes seen, with current scales too. That is idempote
 an activation checkpoint leaves it as it was. A scale of 0 says that no step has been seen: the tensor's own
 is used, as it is where `scale` is left out. Histories move once a step: fp8_history.py.
 
+`maxima`, where given, is raised to y's largest magnitudes, for whoever quantises y: fp8_maxima.py.
+
 `x_operand` and `w_operand` are x and weight as fp8_operand.py quantised them, in the layouts that it was
 asked for. What is absent is quantised here. Where one is given, its scale counts and not that in `scale`.
 """
@@ -87,9 +89,10 @@ def reference(
     amax: Tensor | None = None,
     x_operand: Sequence[Tensor] | None = None,
     w_operand: Sequence[Tensor] | None = None,
+    maxima: Tensor | None = None,
 ) -> Tensor:
-    """The same in plain PyTorch; products in at least float32, one rounding. Leaves amax alone, and reads
-    nothing of operands but the delayed scale they were made with."""
+    """The same in plain PyTorch; products in at least float32, one rounding. Leaves amax and maxima alone,
+    and reads nothing of operands but the delayed scale they were made with."""
     scale = _scales_of_operands(scale, x_operand, w_operand) if Recipe.parse(recipe).delayed else scale
     z = _StraightThrough.apply(_rows(x), weight, Recipe.parse(recipe), scale)
     z = z if bias is None else z + bias.to(z.dtype)
@@ -123,6 +126,7 @@ def _empty_forward(
     amax: Tensor | None,
     x_operand: list[Tensor],
     w_operand: list[Tensor],
+    maxima: Tensor | None,
     saves: list[bool],
 ) -> tuple[Tensor, ...]:
     """y, z, and the operands of grad_weight (from x) and grad_input (from weight) with inverse scales, but
@@ -148,9 +152,10 @@ def _forward(
     amax: Tensor | None,
     x_operand: list[Tensor],
     w_operand: list[Tensor],
+    maxima: Tensor | None,
     saves: list[bool],
 ) -> tuple[Tensor, ...]:
-    results = _empty_forward(x, weight, bias, act, recipe, scale, amax, x_operand, w_operand, saves)
+    results = _empty_forward(x, weight, bias, act, recipe, scale, amax, x_operand, w_operand, maxima, saves)
     y, z, x_saved, x_inverse, w_saved, w_inverse = results
     chosen = Recipe.parse(recipe)
     arguments = (_rows(x), weight, bias, act, chosen, scale, amax)
@@ -165,6 +170,7 @@ def _forward(
         linear_fp8_gpu.forward(
             *arguments, *outputs, Operand(x_saved, x_inverse) if keeps_x else None,
             Operand(w_saved, w_inverse) if keeps_w else None, x_given, w_given,
+            None if maxima is None or not maxima.numel() else maxima,
         )  # fmt: skip
     return results
 
@@ -228,7 +234,7 @@ def _backward(
 
 forward_op = define(
     "linear_fp8_forward(Tensor x, Tensor weight, Tensor? bias, str act, str recipe, Tensor? scale,"
-    " Tensor(a!)? amax, Tensor[] x_operand, Tensor[] w_operand, bool[3] saves)"
+    " Tensor(a!)? amax, Tensor[] x_operand, Tensor[] w_operand, Tensor(b!)? maxima, bool[3] saves)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _empty_forward,
@@ -255,12 +261,13 @@ class _LinearFp8(torch.autograd.Function):
         amax: Tensor | None,
         x_operand: list[Tensor],
         w_operand: list[Tensor],
+        maxima: Tensor | None,
     ) -> Tensor:
         chosen = Recipe.parse(recipe)
         needs = list(ctx.needs_input_grad[:3])
         saves = [needs[1], needs[0], any(needs)]
         y, z, x_saved, x_inverse, w_saved, w_inverse = forward_op(
-            x, weight, bias, act, recipe, scale, amax, x_operand, w_operand, saves
+            x, weight, bias, act, recipe, scale, amax, x_operand, w_operand, maxima, saves
         )
         if saves[0] and not chosen.grad_weight:
             x_saved = x
@@ -295,7 +302,7 @@ class _LinearFp8(torch.autograd.Function):
                 weight_dtype, bias_dtype, ctx.needs,
             )  # fmt: skip
             found = [grad if need else None for grad, need in zip(computed, ctx.needs, strict=True)]
-        return *found, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None
 
 
 def _checked(
@@ -308,14 +315,15 @@ def _checked(
     amax: Tensor | None = None,
     x_operand: Sequence[Tensor] | None = None,
     w_operand: Sequence[Tensor] | None = None,
+    maxima: Tensor | None = None,
 ) -> tuple[Any, ...]:
     # Autocast lowers x alone: the weight is quantised from its master, and scale and amax stay float32.
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    reason = supports(x, weight, bias, act, recipe, scale, amax, x_operand, w_operand)
+    reason = supports(x, weight, bias, act, recipe, scale, amax, x_operand, w_operand, maxima)
     if reason is not None:
         raise ValueError(f"linear_fp8: {reason}")
-    return x, weight, bias, act, recipe, scale, amax, list(x_operand or ()), list(w_operand or ())
+    return x, weight, bias, act, recipe, scale, amax, list(x_operand or ()), list(w_operand or ()), maxima
 
 
 def _infer(*args: Any) -> Tensor:
@@ -333,8 +341,8 @@ def _fake(*args: Any) -> Tensor:
 
 fused = define(
     "linear_fp8(Tensor x, Tensor weight, Tensor? bias=None, str act='none', str recipe='fp8-tensorwise',"
-    " Tensor? scale=None, Tensor(a!)? amax=None, Tensor[]? x_operand=None, Tensor[]? w_operand=None)"
-    " -> Tensor",
+    " Tensor? scale=None, Tensor(a!)? amax=None, Tensor[]? x_operand=None, Tensor[]? w_operand=None,"
+    " Tensor(b!)? maxima=None) -> Tensor",
     _infer,
     _fake,
     autograd=_differentiable,

@@ -43,10 +43,11 @@ def forward(
     w_saved: Operand | None,
     x_given: Operand | None = None,
     w_given: Operand | None = None,
+    maxima: Tensor | None = None,
 ) -> None:
     """Write y and z, and the transposed operands that the two later products take, where not None.
 
-    x_given, w_given: operands of this product that are made already.
+    x_given, w_given: operands of this product that are made already. maxima: of y, as of fp8_gemm.product.
     """
     operands = []
     for t, which, saved, given in ((x, X, x_saved, x_given), (weight, WEIGHT, w_saved, w_given)):
@@ -59,6 +60,7 @@ def forward(
     product(
         x_operand, w_operand, y, recipe, (recipe.forward, recipe.forward), contraction=x.shape[1],
         square=recipe.scaling == "block", bias=bias, act=act, z=z, fast=recipe.accumulation == "fast",
+        maxima=maxima,
     )  # fmt: skip
 
 

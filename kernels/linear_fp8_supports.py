@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusekit.kernels import fp8_maxima
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.fp8_operand import why_not
 from fusekit.kernels.op import not_runnable
@@ -25,6 +26,7 @@ def supports(
     amax: Tensor | None = None,
     x_operand: Sequence[Tensor] | None = None,
     w_operand: Sequence[Tensor] | None = None,
+    maxima: Tensor | None = None,
 ) -> str | None:
     """None, or why linear_fp8 does not run on these arguments."""
     if act not in ACTIVATIONS:
@@ -52,7 +54,9 @@ def supports(
             return f"{name} is {state.dtype} {tuple(state.shape)}, not float32 (3,): x, weight, gradient"
     if amax is not None and chosen.scaling != "tensor":
         return f"amax is of one group a tensor, and scaling={chosen.scaling!r} has many; leave it out"
+    if maxima is not None and (reason := fp8_maxima.why_not(maxima, x, weight, chosen)):
+        return reason
     for operand, tensor in ((x_operand, x), (w_operand, weight)):
         if reason := why_not(operand, tensor):
             return reason
-    return not_runnable(x, weight, bias, scale, amax)
+    return not_runnable(x, weight, bias, scale, amax, maxima)

@@ -114,16 +114,16 @@ _rms_rows, _layer_rows = add_rms_norm.normalised_rows, add_layer_norm.normalised
 def _empty_made(y: Tensor, recipe: Recipe, turned: bool) -> Made:
     """Maxima are zero: they are raised."""
     M, N = math.prod(y.shape[:-1]), y.shape[-1]
-    nothing = [y.new_empty((0,), dtype=torch.float32) for _ in range(3)]
+    codes, inverse, maxima = (y.new_empty((0,), dtype=torch.float32) for _ in range(3))
     if recipe.scaling == "tensor":
-        return Made(*nothing[:2], y.new_zeros((1,), dtype=torch.float32) if on_gpu(y) else nothing[2])
+        return Made(codes, inverse, y.new_zeros((1,), dtype=torch.float32) if on_gpu(y) else maxima)
     if not on_gpu(y):
         kept = linear_fp8_cpu.operand_dtype(y.dtype, recipe)
-        return Made(y.new_empty((M, N), dtype=kept), *nothing[1:])
+        return Made(y.new_empty((M, N), dtype=kept), inverse, maxima)
     return Made(
         y.new_empty((M, padded(N)), dtype=torch.uint8),
         y.new_empty((1, M), dtype=torch.float32),
-        y.new_zeros((N,), dtype=torch.float32) if turned else nothing[2],
+        y.new_zeros((N,), dtype=torch.float32) if turned else maxima,
     )
 
 

@@ -3,7 +3,7 @@
 A weight becomes a graph input of its own that `weights` fills once per version, in both layouts: micro-
 batches and the second forward passes of checkpoints find it made. What several layers read, such as the
 normed x of q, k and v, is quantised by a visible op in front of the first. What one layer reads it quantises
-itself.
+itself, unless what makes it can help: fp8_producers.py.
 
 With delayed scales a layer gets scale and amax of its weight's slots; where no Parameter of the model stands
 behind a weight, nothing could remember them, and the layer takes current scales.
@@ -20,20 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusekit.kernels import FP8_OPS
 from fusekit.kernels.fp8_operand import PARTS, fp8_operand
 from fusekit.kernels.linear_fp8_cpu import WEIGHT, X
 from fusekit.kernels.recipe import Recipe
 from fusekit.passes.canonicalise import call_checkpoint
+from fusekit.passes.fp8_producers import (
+    LINEAR,
+    Made,
+    argument,
+    help_quantise,
+    set_argument,
+    value_of,
+    whereabouts,
+)
 from fusekit.passes.inputs import InputOperand, InputScales
-from fusekit.passes.norm_codes import Made, quantise_in_norm
 from fusekit.passes.normalise import is_mutation, memory, writes
 from fusekit.passes.propagate import faking
 from fusekit.passes.region import Region
 
 aten = torch.ops.aten
-_LINEAR = FP8_OPS["linear_fp8"].fused
-_ARGUMENTS = [argument.name for argument in _LINEAR._schema.arguments]
 
 
 def quantise_once(region: Region) -> None:
@@ -94,7 +99,7 @@ class _Graph:
 
     def run(self) -> None:
         assert self.region.settings.recipe is not None
-        layers = list(self.graph.find_nodes(op="call_function", target=_LINEAR))
+        layers = list(self.graph.find_nodes(op="call_function", target=LINEAR))
         for layer in layers:
             self.give_weight(layer)
         together: dict[Any, list[fx.Node]] = defaultdict(list)
@@ -102,8 +107,8 @@ class _Graph:
             together[layer.args[0], layer.meta.get("region"), layer.args[4]].append(layer)
         for readers in together.values():
             first = min(readers)
-            turned = self.region.training and any(map(self.is_trained, readers))
-            made = quantise_in_norm(first.args[0], first, str(first.args[4]), turned)
+            turned = self.region.training and any(map(self.wants_turned, readers))
+            made = help_quantise(first, turned)
             if len(readers) > 1 or made is not None:
                 self.share(sorted(readers), made, turned)
         for node in self.graph.find_nodes(op="call_function", target=call_checkpoint):
@@ -130,12 +135,12 @@ class _Graph:
             (source, "scales"), values, f"{source.name}_scales",
             lambda source, target: InputScales(source=source, target=target),
         )  # fmt: skip
-        _set(layer, "recipe", replace(Recipe.parse(str(layer.args[4])), delayed=True).token())
-        _set(layer, "scale", self.receive(given[0]))
-        _set(layer, "amax", self.receive(given[1]))
+        set_argument(layer, "recipe", replace(Recipe.parse(str(layer.args[4])), delayed=True).token())
+        set_argument(layer, "scale", self.receive(given[0]))
+        set_argument(layer, "amax", self.receive(given[1]))
 
     def give_operand(self, layer: fx.Node, source: fx.Node, transposed: bool) -> None:
-        x, scale, token = layer.args[0], _argument(layer, "scale"), str(layer.args[4])
+        x, scale, token = layer.args[0], argument(layer, "scale"), str(layer.args[4])
         assert isinstance(x, fx.Node)
         dtype, turned = x.meta["val"].dtype, self.region.training
 
@@ -151,43 +156,42 @@ class _Graph:
 
         key = (source, transposed, dtype, token)
         operand = self.inputs.add(key, list(_fake(source, quantised)), f"{source.name}_fp8", describe)
-        _set(layer, "w_operand", [self.receive(node) for node in operand])
+        set_argument(layer, "w_operand", [self.receive(node) for node in operand])
 
     def share(self, readers: list[fx.Node], made: Made | None, turned: bool) -> None:
-        """Quantise once what these layers, in graph order, read as x; `made` by the norm that makes x."""
+        """Quantise once what these layers, in graph order, read as x; `made` by what makes x."""
         first = readers[0]
         x, token = first.args[0], str(first.args[4])
         assert isinstance(x, fx.Node)
-        by_row = made is not None and Recipe.parse(token).scaling == "row"
-        if made is not None and by_row and not turned:
-            operand = [made.codes, made.inverse, made.maxima, made.maxima]  # the last two are absent
+        rows: list[fx.Node] = []  # codes and inverse scales that are there
+        if made is not None and made.codes is not None and Recipe.parse(token).scaling == "row":
+            assert made.inverse is not None
+            rows = [made.codes, made.inverse]
+        if made is not None and rows and not turned:
+            operand = [*rows, made.maxima, made.maxima]  # those are absent at run time
         else:
             arguments = (
-                x, token, X, x.meta["val"].dtype, not by_row, turned, _argument(first, "scale"),
-                _argument(first, "amax"), None if made is None else made.maxima,
+                x, token, X, x.meta["val"].dtype, not rows, turned, argument(first, "scale"),
+                argument(first, "amax"), None if made is None else made.maxima,
             )  # fmt: skip
-            parts = self.quantised(first, arguments)
-            operand = [made.codes, made.inverse, *parts[2:]] if made is not None and by_row else parts
+            operand = [*rows, *self.quantised(first, arguments)[len(rows) :]]
         for reader in readers:
-            _set(reader, "x_operand", operand)
+            set_argument(reader, "x_operand", operand)
 
     def quantised(self, reader: fx.Node, arguments: tuple[Any, ...]) -> list[fx.Node]:
         """The parts of an fp8_operand in front of this layer."""
         with self.graph.inserting_before(reader):
             operand = self.graph.call_function(fp8_operand, arguments)
             parts = [self.graph.call_function(operator.getitem, (operand, i)) for i in range(PARTS)]
-        values = fx.map_arg(arguments, lambda n: n.meta["val"])
-        operand.meta["val"] = _fake(arguments[0], lambda: fp8_operand(*values))
+        operand.meta |= whereabouts(reader) | {"val": value_of(operand)}
         for i, part in enumerate(parts):
-            part.meta["val"] = operand.meta["val"][i]
-        for node in (operand, *parts):
-            node.meta |= {
-                k: v for k, v in reader.meta.items() if k in ("stack_trace", "nn_module_stack", "region")
-            }
+            part.meta |= whereabouts(reader) | {"val": operand.meta["val"][i]}
         return parts
 
-    def is_trained(self, layer: fx.Node) -> bool:
-        """Whether its weight wants a gradient, for which x has another layout."""
+    def wants_turned(self, layer: fx.Node) -> bool:
+        """Whether its weight wants a gradient by an FP8 product, for which x has another layout."""
+        if not Recipe.parse(str(layer.args[4])).grad_weight:
+            return False
         source, _ = self.parameter_of(layer.args[1])
         return source is None or bool(source.meta.get("requires_grad", True))
 
@@ -230,19 +234,6 @@ def _transposes(node: fx.Node) -> bool:
     if node.target is aten.permute.default:
         return [int(d) % 2 for d in dims[0]] == [1, 0]
     return node.target in (aten.t.default, aten.numpy_T.default)
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    position = _ARGUMENTS.index(name)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
-
-
-def _set(node: fx.Node, name: str, value: Any) -> None:
-    position = _ARGUMENTS.index(name)
-    missing = _LINEAR._schema.arguments[len(node.args) : position + 1]
-    args = [*node.args, *(argument.default_value for argument in missing)]
-    args[position] = value
-    node.args = tuple(args)
 
 
 def _fake(near: fx.Node, make: Callable[[], Any]) -> Any:

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.static import decoding, products
 from fusekit.kernels import FP8_OPS, OPS, add_layer_norm, norm_fp8
 from fusekit.kernels.fp8_history import DelayedScales
+from fusekit.kernels.fp8_maxima import fp8_maxima
 from fusekit.kernels.launch import Launch, record
-from fusekit.kernels.op import DTYPES, Op
-from fusekit.kernels.recipe import Recipe
+from fusekit.kernels.op import DTYPES, LOW_PRECISION, Op
+from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.kernels.row_reduction import MAX_COLUMNS
 
 POINTERS = {
@@ -169,6 +170,18 @@ def _norms_with_codes() -> None:
                     norm_fp8.WITH_CODES[overload](*args, *defaults, recipe, True)
 
 
+def _layers_that_count() -> None:
+    """Products that keep the largest magnitudes of what they write, for those who quantise it."""
+    for dtype in LOW_PRECISION:
+        x, weight = (torch.empty(rows, 1024, dtype=dtype) for rows in (2048, 4096))
+        for name in PRESETS:
+            for quantised_by in ("fp8-tensorwise", "fp8-rowwise"):
+                maxima = fp8_maxima(x, weight, quantised_by)
+                scale = torch.empty(3) if PRESETS[name].delayed else None
+                args = (x, weight, None, "gelu", name, scale, None, None, None, maxima)
+                torch.ops.fusekit.linear_fp8(*args)
+
+
 def collect() -> dict[str, Specialisation]:
     """Every specialisation that a sample of an op, a row of a table or a decoding step needs, by key."""
     found: dict[str, Specialisation] = {}
@@ -184,6 +197,7 @@ def collect() -> dict[str, Specialisation]:
             with record(target) as launches:
                 _move_histories()
                 _norms_with_codes()
+                _layers_that_count()
             for start in filter(lambda start: all(start.grid), launches):
                 _add(found, specialise(start), target)
         for target, row in products.tables():

@@ -1,4 +1,4 @@
-"""Norms whose y is read by FP8 layers: which of them quantise it, and what stays as it was."""
+"""What makes a tensor that FP8 layers read: norms that quantise it, layers that count; no bit changes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusekit
 from fusekit.kernels import norm_fp8
+from fusekit.kernels.fp8_maxima import fp8_maxima
 from fusekit.kernels.fp8_operand import fp8_operand
-from fusekit.kernels.recipe import PRESETS
+from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.passes import quantise
 from fusekit.passes.canonicalise import bodies
 from fusekit.session import session
@@ -47,6 +48,14 @@ def read_elsewhere(m: Block, x: Tensor) -> Tensor:
 
 def checkpointed(m: Block, x: Tensor) -> Tensor:
     return m.out(torch.tanh(checkpoint(lambda x: m.q(m.norm(x)), x, use_reentrant=False)))
+
+
+def behind_a_layer(m: Block, x: Tensor) -> Tensor:
+    return m.out(torch.tanh(m.k(nn.functional.gelu(m.q(torch.sin(x))))))
+
+
+def behind_a_plain_layer(m: Block, x: Tensor) -> Tensor:
+    return m.out(torch.tanh(m.k(m.q(torch.sin(x)))))
 
 
 def not_by_a_norm(m: Block, x: Tensor) -> Tensor:
@@ -91,9 +100,38 @@ def test_the_norm_quantises_and_no_bit_changes(forward, precision, rms, monkeypa
     model = optimised(forward, precision, rms)
     found = gradients(model)
     assert len(nodes(model, WITH_CODES)) == 1
-    monkeypatch.setattr(quantise, "quantise_in_norm", lambda *_: None)
+    monkeypatch.setattr(quantise, "help_quantise", lambda *_: None)
     apart = optimised(forward, precision, rms)
     assert all(map(torch.equal, found, gradients(apart))) and not nodes(apart, WITH_CODES)
+
+
+@pytest.mark.parametrize("precision", ["fp8-tensorwise", "fp8-rowwise", "fp8-rowwise-bf16-wgrad"])
+def test_a_layer_with_an_activation_keeps_count(precision, monkeypatch) -> None:
+    model = optimised(behind_a_layer, precision)
+    found = gradients(model)
+    (maxima,) = nodes(model, (fp8_maxima,))
+    (layer, operand) = maxima.users
+    assert layer.target is quantise.LINEAR and operand.target is fp8_operand
+    monkeypatch.setattr(quantise, "help_quantise", lambda *_: None)
+    apart = optimised(behind_a_layer, precision)
+    assert all(map(torch.equal, found, gradients(apart))) and not nodes(apart, (fp8_maxima,))
+
+
+@pytest.mark.parametrize(
+    ("forward", "precision"),
+    [
+        (behind_a_layer, "fp8-delayed"),
+        (behind_a_layer, "fp8-block"),
+        (behind_a_layer, Recipe(output=False)),
+        (behind_a_plain_layer, "fp8-rowwise"),
+    ],
+    ids=str,
+)
+def test_layers_that_keep_no_count(forward, precision) -> None:
+    """Both layouts come from one read already; and a library may be faster where nothing else rides."""
+    model = optimised(forward, precision)
+    gradients(model)
+    assert not nodes(model, (fp8_maxima,))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +169,7 @@ def test_layers_of_two_recipes_share_a_norm() -> None:
     before = quantise.quantise_once
 
     def mixed(region) -> None:
-        second = list(region.module.graph.find_nodes(op="call_function", target=quantise._LINEAR))[1]
+        second = list(region.module.graph.find_nodes(op="call_function", target=quantise.LINEAR))[1]
         second.args = (*second.args[:4], token, *second.args[5:])
         before(region)
 
