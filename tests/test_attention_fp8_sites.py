@@ -346,7 +346,7 @@ def test_verify_reverts_what_loses_too_much() -> None:
 
 @pytest.mark.parametrize(
     ("T", "training", "pays"),
-    [(10000, True, False), (12000, True, True), (4000, False, False), (6000, False, True)],
+    [(44000, True, False), (48000, True, True), (9000, False, False), (11000, False, True)],
 )
 def test_short_attention_does_not_pay_on_a_gpu(
     T: int, training: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
@@ -355,11 +355,15 @@ def test_short_attention_does_not_pay_on_a_gpu(
     monkeypatch.undo()  # starts cost something here
     monkeypatch.setattr(cost, "GPU", next(gpu for gpu in cost.GPUS if gpu.name == "H100"))
     with FakeTensorMode():
-        q = torch.empty(1, 16, T, 128, device="cuda", dtype=BF16)
+        q, few = (torch.empty(1, 16, T, D, device="cuda", dtype=BF16) for D in (128, 64))
     flops = 2 * 16 * T * T * 128
-    reason = cost.why_fp8_attention_does_not_pay(q, q, q, flops, "block", training)
+    reason = cost.why_fp8_attention_does_not_pay(q, q, q, flops, "block", training, False)
     assert reason is None if pays else reason is not None and "as estimated" in reason
-    assert cost.why_fp8_attention_does_not_pay(*[torch.empty(1)] * 3, 1, "head", training) is None
+    assert cost.why_fp8_attention_does_not_pay(*[torch.empty(1)] * 3, 1, "head", training, True) is None
+    packed = cost.why_fp8_attention_does_not_pay(q, q, q, flops, "block", training, True)
+    assert packed is not None and "documents are compared" in packed
+    narrow = cost.why_fp8_attention_does_not_pay(few, few, few, flops, "block", training, False)
+    assert narrow is not None and "softmax of 64 features" in narrow
 
 
 def test_a_recipe_names_what_there_is() -> None:

@@ -63,12 +63,13 @@ def test_parity_of_other_dtypes(dtype: torch.dtype, sanitizer: bool) -> None:
 @pytest.mark.parametrize("native", [True, False], ids=["native", "decoded"])
 @pytest.mark.parametrize("form", ["causal", "window", "documents"])
 def test_native_and_decoded_products(scaling: str, native: bool, form: str, sanitizer: bool) -> None:
-    """Without float16's own sums the decoded products are exact, whatever the device has."""
-    q, k, v = (heads("cuda", 2, 300, H, 32, BF16, seed=i).detach() for i, H in enumerate((4, 2, 2)))
+    """Decoded products are exact, whatever the device has. Of the window some blocks are seen by all rows."""
+    T = 400 if form == "window" else 300
+    q, k, v = (heads("cuda", 1, T, H, 32, BF16, seed=i).detach() for i, H in enumerate((4, 2, 2)))
     if native and not multiplies_fp8(q):
         pytest.skip("this GPU has no FP8 products")
     documents = (torch.arange(300) // 70).to("cuda").view(1, 300) if form == "documents" else None
-    given = (form != "window", 32**-0.5, 90 if form == "window" else None, 0, documents, None)
+    given = (True, 32**-0.5, 230 if form == "window" else None, 0, documents, None)
     y, stats, *_ = attention_fp8_gpu.forward(q, k, v, _form(*given), scaling, native=native)
     exact = OP.reference(q.double(), k.double(), v.double(), *given, scaling)
     error = float((y.double() - exact).norm() / exact.norm())
