@@ -370,3 +370,15 @@ def test_a_recipe_names_what_there_is() -> None:
     with pytest.raises(ValueError, match="attention='tensor' is none of None, head, block"):
         Recipe(attention="tensor")
     assert Recipe(attention="head").token() == Recipe().token()
+
+
+@pytest.mark.parametrize("remainder", ["eager", "inductor"])
+def test_lengths_that_vary_make_one_graph_more(remainder: str) -> None:
+    model = fusekit.optimize(Attend(causal), precision=BLOCK, remainder=remainder)
+    for T in (40, 52, 150):
+        loss = model(torch.randn(2, T, 32)).square().mean()
+        loss.backward()
+        assert loss.isfinite()
+    report = fusekit.explain(model)
+    assert report.graphs == 2 and len(sites(model)) == 2, str(report)
+    assert not [note for note in report.notes if "Inductor failed" in note]
