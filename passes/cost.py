@@ -52,8 +52,8 @@ GPUS = [
 
 
 FP8_SPEED = 2.0  # of bf16's products, on every GPU that has FP8 ones
-# Of bf16's forward pass, from more than 64 features on and without documents: by what the compiled kernels
-# issue for a score (static lane), since softmax takes as many instructions as before.
+# Of bf16's forward pass, from more than 64 features on and without documents: of the compiled kernels (static
+# lane) bf16's is bound by its products, FP8's by the instructions of softmax.
 FP8_ATTENTION_SPEED = 1.3
 FP8_LEAST_GAIN = 1.05  # what is not this much faster stays: it would cost precision for nothing
 
