@@ -202,6 +202,9 @@ def forward(
     block_m, block_n, warps, stages = _configs(q, form, native)[widest]
     out = q.new_empty((B, Tq, H, DV))
     stats = q.new_empty((2, B, H, Tq), dtype=torch.float32)
+    if not Tk:  # and no scales either
+        stats[0], stats[1] = float("inf"), 1.0
+        return out.zero_().transpose(1, 2), stats, *operands
     rows = Rows.of(form, B)
     low, high = form.band if form.is_banded else (None, None)
     launch(

@@ -95,6 +95,15 @@ def test_non_finite_input_is_not_hidden(scaling: str) -> None:
     checks.assert_non_finite_rows("cuda", scaling, BF16)
 
 
+def test_values_of_another_width(sanitizer: bool) -> None:
+    q, k, v = (heads("cuda", 1, 70, 2, D, BF16, seed=i) for i, D in enumerate((48, 48, 16)))
+    checks.assert_parity((q, k, v, True), ties=not sanitizer)
+
+
+def test_no_keys_give_zeros() -> None:
+    checks.assert_no_keys_give_zeros("cuda")
+
+
 def test_decoded_products_keep_a_nan() -> None:
     q, k, v = (heads("cuda", 1, 40, 1, 32, BF16, seed=i).detach() for i in range(3))
     v[0, 0, 7, 3] = float("nan")
