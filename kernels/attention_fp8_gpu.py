@@ -35,11 +35,13 @@ from fusekit.kernels.attention_tiles import (
     within,
 )
 from fusekit.kernels.fp8_gemm import multiplies_fp8
-from fusekit.kernels.launch import launch
+from fusekit.kernels.launch import capability, launch
 
-# (block of queries, block of keys, warps, stages) by padded head dimension; both blocks divide 128.
-CONFIGS = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)}
-DECODED = {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)}
+# (block of queries, block of keys, warps, stages) by padded head dimension; both blocks divide 128. The more
+# keys, the fewer instructions a score: the output is rescaled once a block.
+CONFIGS = {64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)}
+NARROWER = {**CONFIGS, 128: (128, 64, 8, 3)}  # documents; windows on Blackwell: they spill with 128 keys
+DECODED = {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)}
 
 
 @triton.jit
@@ -61,15 +63,19 @@ def _fp8_blocks(
         k = _load_codes(k_ptr + n[:, None] * D + d[None, :], (d < D)[None, :], D == BLOCK_D)
         if not NATIVE:
             k = decode_e4m3(k)
-        scores = tl.dot(q, tl.trans(k)) * factor
+        products = tl.dot(q, tl.trans(k))
+        scaling = factor
         if BLOCKS:
-            scores *= tl.load(k_inverse_ptr + start // GROUP_ROWS)
+            scaling *= tl.load(k_inverse_ptr + start // GROUP_ROWS)
+        scores = products * scaling
         if BOUNDED:
             scores = mask_scores(
                 scores, m[:, None], n[None, :], documents_ptr, 0, 0, 0.0, documents_ptr, documents_ptr,
                 key_documents_ptr, Tq, Tk, low, high, 0, 0, BAND, True, 0, DOCUMENTS,
             )  # fmt: skip
-        new_base = tl.maximum(base, tl.ceil(tl.max(scores, 1)) - 8.0)
+        # scaling is positive: a product for each row and not for each score
+        highest = tl.max(scores, 1) if BOUNDED else tl.max(products, 1) * scaling
+        new_base = tl.maximum(base, tl.ceil(highest) - 8.0)
         # A masked row may have met no key yet, and -inf - -inf is NaN. Else every row meets key 0 at once.
         finite_base = new_base
         if BAND == 2 or DOCUMENTS:
@@ -126,16 +132,28 @@ def fp8_forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     base = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    # Documents are read everywhere, a window has two edges: one loop does.
-    if BAND != 2 and not DOCUMENTS:
-        whole = tl.minimum(Tk, block * BLOCK_M + 1) if BAND == 1 else Tk
-        whole = whole // BLOCK_N * BLOCK_N  # blocks before this need neither causal nor end-of-keys test
+    if not DOCUMENTS:  # which are read everywhere
+        # Blocks of keys from `first_whole` to `last_whole` are seen by every row: they need no test.
+        first_whole = first
+        last_whole = Tk
+        if BAND == 1:
+            last_whole = tl.minimum(Tk, block * BLOCK_M + 1)
+        if BAND == 2:
+            first_whole = tl.cdiv(tl.maximum(0, (block + 1) * BLOCK_M - 1 + low), BLOCK_N) * BLOCK_N
+            first_whole = tl.maximum(first, tl.minimum(first_whole, last))
+            last_whole = tl.minimum(Tk, block * BLOCK_M + high + 1)
+            acc, total, base = _fp8_blocks(
+                acc, total, base, q, k_ptr, v_ptr, k_inverse_ptr, v_inverse_ptr, documents_ptr,
+                key_documents_ptr, m, first, first_whole, factor, TOKENS, Tq, Tk, low, high,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, GROUP_ROWS, BAND, True, DOCUMENTS, BLOCKS, NATIVE,
+            )  # fmt: skip
+        last_whole = tl.maximum(first_whole, last_whole // BLOCK_N * BLOCK_N)
         acc, total, base = _fp8_blocks(
             acc, total, base, q, k_ptr, v_ptr, k_inverse_ptr, v_inverse_ptr, documents_ptr, key_documents_ptr,
-            m, 0, whole, factor, TOKENS, Tq, Tk, low, high,
+            m, first_whole, last_whole, factor, TOKENS, Tq, Tk, low, high,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, GROUP_ROWS, 0, False, DOCUMENTS, BLOCKS, NATIVE,
         )  # fmt: skip
-        first = whole
+        first = last_whole
     acc, total, base = _fp8_blocks(
         acc, total, base, q, k_ptr, v_ptr, k_inverse_ptr, v_inverse_ptr, documents_ptr, key_documents_ptr,
         m, first, last, factor, TOKENS, Tq, Tk, low, high,
@@ -158,6 +176,13 @@ def fp8_forward_kernel(
     tl.store(stats_ptr + rows_total + rows, inverse, mask=m < Tq)
 
 
+def _configs(q: Tensor, form: Form, native: bool) -> dict[int, tuple[int, int, int, int]]:
+    if not native:
+        return DECODED
+    narrow = form.documents is not None or (form.is_banded and capability(q)[0] >= 10)
+    return NARROWER if narrow else CONFIGS
+
+
 def _block(features: int) -> int:
     return max(32, triton.next_power_of_2(features))  # a step of an FP8 product is 32 deep
 
@@ -174,9 +199,12 @@ def forward(
     operands = cast(q, scaling), cast(k, scaling), cast(v, scaling, transposed=True)
     codes = [held.codes.view(CODE) if native else held.codes for held in operands]
     widest = max(64, _block(D), _block(DV))
-    block_m, block_n, warps, stages = (CONFIGS if native else DECODED)[widest]
+    block_m, block_n, warps, stages = _configs(q, form, native)[widest]
     out = q.new_empty((B, Tq, H, DV))
     stats = q.new_empty((2, B, H, Tq), dtype=torch.float32)
+    if not Tk:  # and no scales either
+        stats[0], stats[1] = float("inf"), 1.0
+        return out.zero_().transpose(1, 2), stats, *operands
     rows = Rows.of(form, B)
     low, high = form.band if form.is_banded else (None, None)
     launch(

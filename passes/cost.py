@@ -52,6 +52,9 @@ GPUS = [
 
 
 FP8_SPEED = 2.0  # of bf16's products, on every GPU that has FP8 ones
+# Of bf16's forward pass, from more than 64 features on and without documents: of the compiled kernels (static
+# lane) bf16's is bound by its products, FP8's by the instructions of softmax.
+FP8_ATTENTION_SPEED = 1.3
 FP8_LEAST_GAIN = 1.05  # what is not this much faster stays: it would cost precision for nothing
 
 
@@ -141,15 +144,18 @@ def fp8_attention_seconds(
     if training:  # codes are brought back to 16 bits
         casts += operands * (1 + 2) / device.bandwidth + 3 * started
     backward = 2.5 * products if training else 0.0
-    return products + backward, products / FP8_SPEED + backward + casts
+    return products + backward, products / FP8_ATTENTION_SPEED + backward + casts
 
 
 def why_fp8_attention_does_not_pay(
-    q: Tensor, k: Tensor, v: Tensor, flops: int, scaling: str, training: bool
+    q: Tensor, k: Tensor, v: Tensor, flops: int, scaling: str, training: bool, packed: bool
 ) -> str | None:
-    """None where an FP8 forward pass is faster, or only emulated."""
+    """None where an FP8 forward pass is faster, or only emulated. packed: scores are told by documents."""
     if emulates_fp8(q):
         return None
+    if packed or (features := max(hint(x.shape[-1]) for x in (q, v))) <= 64:
+        what = "documents are compared for every score" if packed else f"softmax of {features} features"
+        return f"{what}, which takes longer than the products that FP8 would shorten"
     low, fp8 = fp8_attention_seconds(q, k, v, flops, scaling, training)
     if low >= FP8_LEAST_GAIN * fp8:
         return None

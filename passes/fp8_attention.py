@@ -43,4 +43,5 @@ def why_kept(match: Match, found: Match, settings: Settings, training: bool) -> 
     if queries <= MOST_QUERIES and queries < keys:
         return f"{queries} queries of {keys} keys: decoding reads each key once, and so would a cast"
     flops = cost.hint(op.flops(*values.values()))
-    return cost.why_fp8_attention_does_not_pay(q, k, v, flops, values["scaling"], training)
+    packed = values["documents"] is not None
+    return cost.why_fp8_attention_does_not_pay(q, k, v, flops, values["scaling"], training, packed)

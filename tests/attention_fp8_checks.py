@@ -47,6 +47,13 @@ def assert_parity(args: tuple[Any, ...], ties: bool = False, tf32: bool = False)
     return fused
 
 
+def assert_no_keys_give_zeros(device: str) -> None:
+    q, k, v = (heads(device, 2, T, 2, 16, torch.bfloat16) for T in (5, 0, 0))
+    found = results_and_grads(OP.fused, (q, k, v))
+    assert found["output"].shape == (2, 2, 5, 16) and not found["output"].any()
+    assert not found["grad_0"].any() and found["grad_1"].shape == k.shape
+
+
 def assert_non_finite_rows(device: str, scaling: str, dtype: torch.dtype) -> None:
     """A NaN or an infinity in q, k or v reaches the rows that see it, and of q and k a NaN no other.
 

@@ -173,6 +173,15 @@ def test_zeros_and_rows_without_keys(scaling: str) -> None:
     assert found["output"][:, :, 8:].norm(dim=-1).gt(0).all()
 
 
+def test_values_of_another_width() -> None:
+    q, k, v = (heads("cpu", 2, 70, 2, D, BF16, seed=i) for i, D in enumerate((48, 48, 16)))
+    checks.assert_parity((q, k, v, True))
+
+
+def test_no_keys_give_zeros() -> None:
+    checks.assert_no_keys_give_zeros("cpu")
+
+
 def test_blocks_of_queries_are_no_part_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     args = (*qkv(100), True)
     whole = results_and_grads(OP.fused, args)

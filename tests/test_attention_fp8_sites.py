@@ -346,7 +346,7 @@ def test_verify_reverts_what_loses_too_much() -> None:
 
 @pytest.mark.parametrize(
     ("T", "training", "pays"),
-    [(10000, True, False), (12000, True, True), (4000, False, False), (6000, False, True)],
+    [(44000, True, False), (48000, True, True), (9000, False, False), (11000, False, True)],
 )
 def test_short_attention_does_not_pay_on_a_gpu(
     T: int, training: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
@@ -355,14 +355,30 @@ def test_short_attention_does_not_pay_on_a_gpu(
     monkeypatch.undo()  # starts cost something here
     monkeypatch.setattr(cost, "GPU", next(gpu for gpu in cost.GPUS if gpu.name == "H100"))
     with FakeTensorMode():
-        q = torch.empty(1, 16, T, 128, device="cuda", dtype=BF16)
+        q, few = (torch.empty(1, 16, T, D, device="cuda", dtype=BF16) for D in (128, 64))
     flops = 2 * 16 * T * T * 128
-    reason = cost.why_fp8_attention_does_not_pay(q, q, q, flops, "block", training)
+    reason = cost.why_fp8_attention_does_not_pay(q, q, q, flops, "block", training, False)
     assert reason is None if pays else reason is not None and "as estimated" in reason
-    assert cost.why_fp8_attention_does_not_pay(*[torch.empty(1)] * 3, 1, "head", training) is None
+    assert cost.why_fp8_attention_does_not_pay(*[torch.empty(1)] * 3, 1, "head", training, True) is None
+    packed = cost.why_fp8_attention_does_not_pay(q, q, q, flops, "block", training, True)
+    assert packed is not None and "documents are compared" in packed
+    narrow = cost.why_fp8_attention_does_not_pay(few, few, few, flops, "block", training, False)
+    assert narrow is not None and "softmax of 64 features" in narrow
 
 
 def test_a_recipe_names_what_there_is() -> None:
     with pytest.raises(ValueError, match="attention='tensor' is none of None, head, block"):
         Recipe(attention="tensor")
     assert Recipe(attention="head").token() == Recipe().token()
+
+
+@pytest.mark.parametrize("remainder", ["eager", "inductor"])
+def test_lengths_that_vary_make_one_graph_more(remainder: str) -> None:
+    model = fusekit.optimize(Attend(causal), precision=BLOCK, remainder=remainder)
+    for T in (40, 52, 150):
+        loss = model(torch.randn(2, T, 32)).square().mean()
+        loss.backward()
+        assert loss.isfinite()
+    report = fusekit.explain(model)
+    assert report.graphs == 2 and len(sites(model)) == 2, str(report)
+    assert not [note for note in report.notes if "Inductor failed" in note]
