@@ -71,7 +71,8 @@ def _fp8_blocks(
         if BOUNDED:
             scores = mask_scores(
                 scores, m[:, None], n[None, :], documents_ptr, 0, 0, 0.0, documents_ptr, documents_ptr,
-                key_documents_ptr, Tq, Tk, low, high, 0, 0, BAND, True, 0, DOCUMENTS,
+                key_documents_ptr, documents_ptr, documents_ptr, Tq, Tk, low, high, 0,
+                0, BAND, True, 0, DOCUMENTS, 0,
             )  # fmt: skip
         # scaling is positive: a product for each row and not for each score
         highest = tl.max(scores, 1) if BOUNDED else tl.max(products, 1) * scaling
@@ -205,12 +206,12 @@ def forward(
     if not Tk:  # and no scales either
         stats[0], stats[1] = float("inf"), 1.0
         return out.zero_().transpose(1, 2), stats, *operands
-    rows = Rows.of(form, B)
+    rows = Rows.of(form, q, k)
     low, high = form.band if form.is_banded else (None, None)
     launch(
         fp8_forward_kernel, (B * H * triton.cdiv(Tq, block_m),),
         *codes, *(held.inverse for held in operands), rows.documents, rows.key_documents,
-        rows.key_ranges(block_m), out, stats, *rows.strides[3:],
+        rows.key_ranges(block_m), out, stats, *rows.strides[3:5],
         H, H // k.shape[1], Tq, Tk, codes[0].shape[2], codes[1].shape[2], B * H * Tq, form.scale * LOG2E,
         low, high,
         D=D, DV=DV, BLOCK_D=_block(D), BLOCK_DV=_block(DV), BLOCK_M=block_m, BLOCK_N=block_n,

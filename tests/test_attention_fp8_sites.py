@@ -167,6 +167,19 @@ def test_other_forms_stay_and_say_why(attend: Any, rest: Any, sizes: Any, words:
     assert "attention" in {f.op for f in fusekit.explain(model).fused}
 
 
+def test_what_attention_knows_and_fp8_does_not_is_never_left_out() -> None:
+    """A window beside global tokens, which became attention's own: the op would lose the global tokens."""
+
+    def longformer(q: Tensor, k: Tensor, v: Tensor, important: Tensor) -> Tensor:
+        i = torch.arange(q.shape[-2])
+        near = (i[:, None] - i[None, :]).abs() <= 5
+        seen = near | important[:, None] | important[None, :]
+        return F.scaled_dot_product_attention(q, k, v, seen)
+
+    model = run(longformer, torch.zeros(48, dtype=torch.bool).index_fill(0, torch.tensor([0, 30]), True))
+    assert sites(model) == [] and "no form with global tokens" in kept(model)[0]
+
+
 def test_a_learned_bias_and_dropout_stay() -> None:
     bias = nn.Parameter(torch.randn(2, 48, 48))
     model = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias))

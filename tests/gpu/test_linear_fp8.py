@@ -36,7 +36,7 @@ def test_float32_and_plain_float32_sums() -> None:
 @presets
 @pytest.mark.parametrize("native", [True, False], ids=["native", "decoded"])
 @pytest.mark.parametrize("gradient", [False, True], ids=["output", "gradient"])
-def test_products_over_several_tiles(name: str, native: bool, gradient: bool) -> None:
+def test_products_over_several_tiles(name: str, native: bool, gradient: bool, sanitizer: bool) -> None:
     """Ragged tiles, several steps of the contraction, both kinds of code; against the decoded codes."""
     recipe = PRESETS[name]
     if recipe.scaling == "mx" and native:
@@ -57,11 +57,18 @@ def test_products_over_several_tiles(name: str, native: bool, gradient: bool) ->
     settings = {"contraction": K, "square": square, "native": native}
     product(*operands, output, recipe, dtypes, tile=SMALL, **settings)
     exact = {"output": a.double() @ b.double().t()}
-    (verdict,) = check(
-        {"output": output}, {"output": a @ b.t()}, exact, dtype=torch.float32, terms=K,
-        products={"output": a.double().abs() @ b.double().abs().t()},
-    )  # fmt: skip
-    assert verdict.ok, verdict.reason
+    products = a.double().abs() @ b.double().abs().t()
+    if (
+        native and not sanitizer
+    ):  # the tensor core keeps 14 bits or so of a sum until it leaves after 128 terms
+        assert checks.error(output, exact["output"]) < 2e-4
+        assert ((output - exact["output"]).abs() <= 2.0**-10 * products).all()
+    else:
+        (verdict,) = check(
+            {"output": output}, {"output": a @ b.t()}, exact, dtype=torch.float32, terms=K,
+            products={"output": products},
+        )  # fmt: skip
+        assert verdict.ok, verdict.reason
     if name == "fp8-tensorwise" and native:
         fast = torch.empty_like(output)
         product(*operands, fast, recipe, dtypes, tile=SMALL, fast=True, **settings)
@@ -94,12 +101,13 @@ def test_exact_sums_have_the_bits_of_the_cpu(name: str) -> None:
         assert torch.equal(found[1].cpu(), expected[1])
 
 
-def test_an_activation_and_the_same_bits_every_run() -> None:
+def test_an_activation_and_the_same_bits_every_run(sanitizer: bool) -> None:
     args = checks.arguments("cuda", torch.float32, "fp8-tensorwise", "gelu", shape=(34, 48, 64))
     assert deterministic(OP.fused, args, runs=2)
     results = results_and_grads(OP.fused, args)
     expected = results_and_grads(OP.reference, args)
-    torch.testing.assert_close(results["output"], expected["output"], rtol=1e-5, atol=1e-5)
+    narrow = 1e-6 if sanitizer else 3e-4  # the tensor core's own sums
+    assert checks.error(results["output"], expected["output"].double()) < narrow
     for name in ("grad_0", "grad_1"):
         assert checks.error(results[name], expected[name].double()) < 0.03  # codes of dz near a tie
 
