@@ -32,7 +32,7 @@ EPILOGUES = {
     "none": ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
+    "relu": ("none", ""),  # and clamped after: oneDNN's own makes 0 of a NaN; both round y once
     "silu": ("swish", ""),
     "tanh": ("tanh", ""),
     "sigmoid": ("sigmoid", ""),
@@ -124,7 +124,8 @@ def apply_with_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, act: str
     """act(x @ weight.T + bias) with the activation in oneDNN's epilogue, on its float32 accumulator."""
     name, algorithm = EPILOGUES[act]
     x, weight = x.contiguous(), weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    return y.clamp_min_(0) if act == "relu" else y
 
 
 def add_in_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:

@@ -100,6 +100,9 @@ def test_onednn_epilogue_is_the_activation(act, bias):
     x, weight = torch.randn(9, 5), torch.randn(5, 7).t()
     expected = ACTIVATIONS[act].reference(F.linear(x, weight, bias))
     torch.testing.assert_close(apply_with_epilogue(x, weight, bias, act), expected)
+    x[2, 3] = float("nan")  # a row that a loss must see
+    found = apply_with_epilogue(x, weight, bias, act).isnan()
+    assert found[2].all() and found.sum() == 7
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -112,10 +115,11 @@ def test_many_row_blocks_add_up(act, monkeypatch):
         assert_parity((*leaves, act), inherent=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_non_finite_values_go_where_eager_sends_them(act):
-    x = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0, 1e18, -1e18, 30.0, -30.0])
-    args = (x[:, None].requires_grad_(), torch.eye(1), None, None, act)
+def test_non_finite_values_go_where_eager_sends_them(act, dtype):
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0, 1e18, -1e18, 30.0, -30.0], dtype=dtype)
+    args = (x[:, None].requires_grad_(), torch.eye(1, dtype=dtype), None, None, act)
     fused, eager = results_and_grads(OP.fused, args), results_and_grads(_eager, args)
     torch.testing.assert_close(fused["output"], eager["output"], equal_nan=True)
     finite = x.isfinite()
