@@ -31,7 +31,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     two = form.mask is not None and form.mask.dtype != torch.bool
     stats = q.new_zeros((1 + two, B, H, Tq), dtype=torch.float32)
     if _flash_fits(q, k, v, form):
-        dtype = native._compute_dtype(q.dtype)
+        # The factor of sinks comes after: a result in 16 bits would be rounded twice.
+        dtype = torch.float32 if form.sinks is not None else native._compute_dtype(q.dtype)
         operands = native._cast(dtype, q, k, v)
         for batch, rows, keys, mask in _flash_blocks(q, k, form):
             block = [part(x[batch], 2, r) for x, r in zip(operands, (rows, keys, keys), strict=True)]
