@@ -55,17 +55,17 @@ def _run(
     seed: int,
     unread: set[int],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, or a fixed random combination of the outputs, and its gradient by every parameter."""
+    """The loss or the outputs as a vector, and the gradients by every parameter, see `_values`."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad(), _autocast(model, precision):
         torch.manual_seed(seed)
         output = model(*args, **kwargs)
         unread |= {i for i, leaf in enumerate(pytree.tree_leaves(output)) if isinstance(leaf, UnreadLogits)}
-        value = _scalar(output, unread)
+        values, value = _values(output, unread)
     if not parameters or not value.requires_grad:
-        return value.detach(), {}
+        return values, {}
     grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    return value.detach(), {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
+    return values, {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
 
 
 @contextlib.contextmanager
@@ -90,17 +90,22 @@ def _autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMan
     return torch.autocast(device, LOW[precision])
 
 
-def _scalar(output: Any, unread: set[int]) -> Tensor:
+def _values(output: Any, unread: set[int]) -> tuple[Tensor, Tensor]:
+    """What is compared, and the scalar that is differentiated: the loss, else the outputs combined at random.
+
+    Outputs cancel in such a sum: its own error says more of chance than of the model.
+    """
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
-        return loss.sum()
+        return loss.detach().reshape(-1), loss.sum()
     found = enumerate(pytree.tree_leaves(output))
     leaves = [t for i, t in found if i not in unread and isinstance(t, Tensor) and t.is_floating_point()]
     if not leaves:
         raise ValueError("verify: the model returns no floating tensor, so there is nothing to compare")
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(t.shape, generator=generator).to(t) if t.ndim else 1.0 for t in leaves]
-    return torch.stack([(t * w).sum() for t, w in zip(leaves, weights, strict=True)]).sum()
+    total = torch.stack([(t * w).sum() for t, w in zip(leaves, weights, strict=True)]).sum()
+    return torch.cat([t.detach().reshape(-1) for t in leaves]), total
 
 
 def _widen(tree: Any) -> Any:
@@ -115,8 +120,8 @@ def _same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor
 
 
 def _compare(fused: Any, eager: Any, truth: Any, unit: float) -> Iterator[ModelCheck]:
-    value, scale = truth[0], truth[0].abs().clamp_min(1e-30).item()
-    errors = [abs(t[0].double() - value).item() / scale for t in (fused, eager)]
+    values, scale = truth[0], truth[0].norm().clamp_min(1e-30).item()
+    errors = [(t[0].double() - values).norm().item() / scale for t in (fused, eager)]
     yield _check("loss or outputs", errors, unit)
     if missing := set(truth[1]) ^ set(fused[1]):
         yield ModelCheck(

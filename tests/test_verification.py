@@ -73,6 +73,27 @@ def test_a_tensor_that_is_several_arguments_has_one_gradient() -> None:
     assert {site.op for site in certificate.sites} == {"attention", "add_layer_norm"}
 
 
+class Cancels(nn.Module):
+    """Its outputs, combined at random as verify differentiates them, are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y = self.block(x, residual)
+        w = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        return y - w * (y * w).sum().detach() / w.square().sum()
+
+
+def test_outputs_are_compared_themselves_and_not_their_sum(batch: tuple[Tensor, Tensor]) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = fusekit.optimize(Cancels(), precision="bf16")
+        found = fusekit.verify(model, *batch).model[0]
+        assert found.ok and 0.0 < found.eager_error < 0.1, found  # of their sum: more than 1
+
+
 def test_verify_leaves_the_model_as_it_was(batch: tuple[Tensor, Tensor]) -> None:
     model = fusekit.optimize(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.1)))
     model(batch[0][0]).sum().backward()
