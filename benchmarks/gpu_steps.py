@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_steps --out gpu_steps.json [--models "GPT-2 124M"] [--providers "fusekit bf16"]
 
-For each model and provider, in one process: steps whose loss is read (what a loop that logs every step pays),
-then as many in a row (what the others pay), their peak of memory, and the losses, which must fall alike. The
-model suite (`fusekit bench models`) takes turns, in processes of their own; this is what a few minutes on a GPU
-allow. The file is written after each provider; one that fails is a cell with the reason.
+For each model and provider, in one process: steps whose loss is read (what a loop that logs every step
+pays), then as many in a row (what the others pay), their peak of memory, and the losses, which must fall
+alike. The model suite (`fusekit bench models`) takes turns, in processes of their own; this is what a few
+minutes on a GPU allow. The file is written after each provider; one that fails is a cell with the reason.
 """
 
 from __future__ import annotations
