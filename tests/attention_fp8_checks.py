@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusekit.fp8_check import check_attention_fp8
 from fusekit.kernels.attention import reference as attention_reference
@@ -35,7 +36,7 @@ def assert_parity(args: tuple[Any, ...], ties: bool = False, tf32: bool = False)
     tf32: gradients may be those of tf32 products.
     """
     fused = results_and_grads(OP.fused, args)
-    if ties:
+    if ties and fused["output"].numel():
         full = (*args, *(a.default_value for a in OP.fused._schema.arguments[len(args) :]))
         verdicts = check_attention_fp8(full, fused, results_and_grads(unquantised, widen(args)))
     else:
@@ -70,5 +71,6 @@ def assert_non_finite_rows(device: str, scaling: str, dtype: torch.dtype) -> Non
             assert rows[seeing].all(), "a NaN disappeared"
             assert not rows[0].any() and (which == 2 or torch.equal(rows, seeing))
             if bad != bad and which < 2:
-                plain = unquantised(*(x.cpu() for x in tensors), True)
+                with sdpa_kernel(SDPBackend.MATH):  # ATen's flash on a CPU spreads a NaN over its block
+                    plain = unquantised(*(x.cpu() for x in tensors), True)
                 assert torch.equal(rows, ~plain.isfinite().all(-1)[0])
