@@ -10,8 +10,10 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from benchmarks import gpu_tables
 from benchmarks.cpu_figures import HEADINGS as cpu_figures_headings
 from benchmarks.cpu_figures import rows as cpu_figures_rows
 from benchmarks.kernels.run import grouped as cells_by_case
@@ -113,6 +115,11 @@ def cpu_figures() -> str:
         " Time and memory are shares of the first contender's; asked: what the project set itself:\n\n"
     )
     return title + _table(cpu_figures_headings, cpu_figures_rows(found))
+
+
+def _described(table: Callable[[], gpu_tables.Described]) -> str:
+    title, headings, rows = table()
+    return title + _table(headings, rows)
 
 
 def static() -> str:
@@ -249,6 +256,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_kernels": cpu_kernels,
     "cpu_models": cpu_models,
     "cpu_figures": cpu_figures,
+    "gpu_steps": partial(_described, gpu_tables.steps),
+    "gpu_attention": partial(_described, gpu_tables.attention),
+    "gpu_fp8": partial(_described, gpu_tables.fp8_layers),
+    "gpu_fp8_sums": partial(_described, gpu_tables.fp8_sums),
+    "gpu_products": partial(_described, gpu_tables.products),
     "quality": quality,
     "static": static,
     "large_tiles": large_tiles,

@@ -8,6 +8,7 @@ q, k and v is kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from fusekit.kernels.attention_tiles import LOG2E
 def forward(q: Tensor, k: Tensor, v: Tensor, form: Form, out: Tensor) -> None:
     """Write out (B, H, Tq, Dv); q, k and v are behind e4m3."""
     out.zero_()
-    for b, rows, keys in _written_blocks(q, k, form):
+    for b, rows, keys in _blocks(q, k, form):
         block = _Block(q, k, v, form, b, rows, keys)
         out[b, :, rows.start : rows.stop].copy_(_shared(block.p @ block.v, q.shape[1]))
 
@@ -33,10 +34,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, each laid out as (B, T, H, D)."""
     sums = [x.new_zeros(x.transpose(1, 2).shape, dtype=torch.float32).transpose(1, 2) for x in (q, k, v)]
-    for b, rows, keys in _written_blocks(q, k, form):
+    for b, rows, keys in _blocks(q, k, form):
         _Block(q, k, v, form, b, rows, keys).backward(grad_output, *sums)
     dq, dk, dv = (_rounded(total, x.dtype) for x, total in zip((q, k, v), sums, strict=True))
     return dq, dk, dv
+
+
+def _blocks(q: Tensor, k: Tensor, form: Form) -> Iterator[tuple[int, range, range]]:
+    for b, rows, keys in _written_blocks(q, k, form):
+        assert isinstance(rows, range) and isinstance(keys, range)  # without global tokens they are
+        yield b, rows, keys
 
 
 class _Block:

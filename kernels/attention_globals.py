@@ -42,7 +42,8 @@ def _global_blocks_kernel(flags_ptr, found_ptr, stride_b, T, BLOCK: tl.constexpr
     for start in tl.range(0, blocks, CHUNK, num_stages=1):
         block = start + tl.arange(0, CHUNK)
         t = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        holds = (tl.max(tl.load(flags_ptr + t, mask=t < T, other=0).to(tl.int32), 1) != 0).to(tl.int32)
+        flags = tl.load(flags_ptr + t, mask=t < T, other=0).to(tl.int32)
+        holds = (tl.max(flags, 1) != 0).to(tl.int32)
         before = count + tl.cumsum(holds, 0) - holds
         tl.store(found_ptr + block, before, mask=block < blocks)
         tl.store(found_ptr + blocks + 1 + before, block, mask=holds != 0)
@@ -62,7 +63,8 @@ def keys_visited(
         far_first, far_last = within(
             far_first, far_last, ranges_ptr, batch, block, tl.cdiv(Tq, BLOCK_M), BLOCK_N
         )
-    is_global = tl.max(tl.load(flags_ptr + m, mask=m < Tq, other=0).to(tl.int32), 0) != 0
+    flags = tl.load(flags_ptr + m, mask=m < Tq, other=0).to(tl.int32)
+    is_global = tl.max(flags, 0) != 0
     return _visits(first, last, far_first, far_last, is_global, found_ptr, batch, Tk, BLOCK_N)
 
 
@@ -78,7 +80,8 @@ def queries_visited(
         far_first, far_last = within(
             far_first, far_last, ranges_ptr, batch, block, tl.cdiv(Tk, BLOCK_N), BLOCK_M
         )
-    is_global = tl.max(tl.load(flags_ptr + n, mask=n < Tk, other=0).to(tl.int32), 0) != 0
+    flags = tl.load(flags_ptr + n, mask=n < Tk, other=0).to(tl.int32)
+    is_global = tl.max(flags, 0) != 0
     return _visits(first, last, far_first, far_last, is_global, found_ptr, batch, Tq, BLOCK_M)
 
 

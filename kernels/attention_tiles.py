@@ -75,8 +75,9 @@ def mask_scores(
         if GLOBALS == 2:
             near = near & (n - m <= high)
         if GLOBALS != 0:
-            near = near | (tl.load(global_queries_ptr + m, mask=m < Tq, other=0) != 0)
-            near = near | (tl.load(global_keys_ptr + n, mask=n < Tk, other=0) != 0)
+            query = tl.load(global_queries_ptr + m, mask=m < Tq, other=0)
+            key = tl.load(global_keys_ptr + n, mask=n < Tk, other=0)
+            near = near | (query != 0) | (key != 0)
         if GLOBALS != 2:
             near = near & (n - m <= high)
         scores = tl.where(near, scores, float("-inf"))

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.kernels.op import LOW_PRECISION
+from fusekit.kernels.recipe import Recipe
 from fusekit.passes.dtype_policy import Policy, policy_of
 from fusekit.passes.propagate import tensors_of
 
@@ -51,7 +52,14 @@ GPUS = [
 ]
 
 
-FP8_SPEED = 2.0  # of bf16's products, on every GPU that has FP8 ones
+# Measured on an H100 (benchmarks/results/fp8_layers_h100.json), by the recipe's scaling: the speed of FP8
+# products beside bf16's, and the bytes an element whose movement takes as long as its casts to both layouts.
+# Products of tensor and row scales are torch._scaled_mm's where every size is FP8_LIBRARY_SIZE or more.
+FP8_SPEED = {"tensor": 1.8, "row": 1.7, "block": 0.72, "mx": 0.26}
+FP8_OWN_SPEED = {"tensor": 1.1, "row": 1.1, "block": 0.72, "mx": 0.26}
+FP8_LIBRARY_SIZE = 1024
+FP8_CAST_BYTES = {"tensor": 8, "row": 10, "block": 8, "mx": 13}
+FP8_DELAYED_CAST_BYTES = 6  # the scale is known: one pass
 # Of bf16's forward pass, from more than 64 features on and without documents: of the compiled kernels (static
 # lane) bf16's is bound by its products, FP8's by the instructions of softmax.
 FP8_ATTENTION_SPEED = 1.3
@@ -106,28 +114,29 @@ def emulates_fp8(value: Any) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
 
 
-def fp8_seconds(M: int, N: int, K: int, value: Any) -> tuple[float, float]:
+def fp8_seconds(M: int, N: int, K: int, value: Any, recipe: Recipe) -> tuple[float, float]:
     """Forward and backward of a linear layer in bf16 and in FP8, the casts included."""
     device = device_of(value)
     products = 6 * M * N * K / device.low
     operands = M * K + N * K + M * N
     started = EAGER_OVERHEAD["cuda"]
-    # Each operand is read for its largest value and for the cast, and written in two layouts of a byte.
-    casts = operands * (2 + 2 + 1 + 1) / device.bandwidth
+    speed = (FP8_SPEED if min(M, N, K) >= FP8_LIBRARY_SIZE else FP8_OWN_SPEED)[recipe.scaling]
+    moved = FP8_DELAYED_CAST_BYTES if recipe.delayed else FP8_CAST_BYTES[recipe.scaling]
     low = max(products, 3 * 2 * operands / device.bandwidth) + 3 * started
-    return low, max(products / FP8_SPEED, 3 * operands / device.bandwidth) + casts + 9 * started
+    fp8 = max(products / speed, 3 * operands / device.bandwidth)
+    return low, fp8 + operands * moved / device.bandwidth + 9 * started
 
 
-def why_fp8_does_not_pay(M: int, N: int, K: int, value: Any) -> str | None:
+def why_fp8_does_not_pay(M: int, N: int, K: int, value: Any, recipe: Recipe) -> str | None:
     """None where FP8 is faster than bf16, or only emulated: then speed is not what it is asked for."""
     if emulates_fp8(value):
         return None
-    low, fp8 = fp8_seconds(M, N, K, value)
+    low, fp8 = fp8_seconds(M, N, K, value, recipe)
     if low >= FP8_LEAST_GAIN * fp8:
         return None
     return (
-        f"{M} x {K} x {N} would take {fp8 * 1e6:.0f} µs in FP8, casts included, and takes {low * 1e6:.0f} µs "
-        f"in bf16, forward and backward on {device_of(value).name}, as estimated"
+        f"{M} x {K} x {N} would take {fp8 * 1e6:.0f} µs in FP8 with {recipe.scaling} scales, casts included, "
+        f"and takes {low * 1e6:.0f} µs in bf16, forward and backward on {device_of(value).name}, as estimated"
     )
 
 

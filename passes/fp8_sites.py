@@ -50,7 +50,7 @@ def why_kept(match: Match, settings: Settings, *, in_checkpoint: bool = False) -
         return "an output layer: no other layer reads its result (Recipe(head=True) casts it)"
     x, weight = value_of(match.arguments["x"]), match.arguments["weight"]
     N, K = _weight_shape(weight)
-    return cost.why_fp8_does_not_pay(cost.size(x) // max(K, 1), N, K, x)
+    return cost.why_fp8_does_not_pay(cost.size(x) // max(K, 1), N, K, x, recipe)
 
 
 def why_wanted(match: Match, settings: Settings) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fusekit.kernels import FP8_OPS, attention, linear_fp8
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.op import LOW_PRECISION
+from fusekit.kernels.recipe import Recipe
 from fusekit.passes import cost, tf32
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import Cost, bytes_of, device_of, node_cost, roofline
@@ -163,7 +164,7 @@ def _estimate_fp8(node: fx.Node, replaced: Cost) -> tuple[float, float]:
         x, weight = _inputs(node)[:2]
         fusion.implementation = runs_on(node)
         N, K = map(cost.hint, weight.shape)
-        low, fp8 = cost.fp8_seconds(cost.size(x) // K, N, K, x)
+        low, fp8 = cost.fp8_seconds(cost.size(x) // K, N, K, x, Recipe.parse(str(node.args[4])))
     fusion.estimated_gain = low / fp8
     return low, fp8
 

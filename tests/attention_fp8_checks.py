@@ -35,7 +35,7 @@ def assert_parity(args: tuple[Any, ...], ties: bool = False, tf32: bool = False)
     tf32: gradients may be those of tf32 products.
     """
     fused = results_and_grads(OP.fused, args)
-    if ties:
+    if ties and fused["output"].numel():
         full = (*args, *(a.default_value for a in OP.fused._schema.arguments[len(args) :]))
         verdicts = check_attention_fp8(full, fused, results_and_grads(unquantised, widen(args)))
     else:
@@ -70,5 +70,6 @@ def assert_non_finite_rows(device: str, scaling: str, dtype: torch.dtype) -> Non
             assert rows[seeing].all(), "a NaN disappeared"
             assert not rows[0].any() and (which == 2 or torch.equal(rows, seeing))
             if bad != bad and which < 2:
-                plain = unquantised(*(x.cpu() for x in tensors), True)
+                # In 16 bits a CPU's matrix units may spread a NaN to the row beside it.
+                plain = unquantised(*(x.cpu().float() for x in tensors), True)
                 assert torch.equal(rows, ~plain.isfinite().all(-1)[0])

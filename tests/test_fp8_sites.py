@@ -302,10 +302,29 @@ def test_low_parameters_are_refused() -> None:
         fusekit.optimize(nn.Linear(16, 16).bfloat16(), precision="fp8")
 
 
-@pytest.mark.parametrize(("M", "N", "K", "pays"), [(64, 256, 256, False), (16384, 16384, 4096, True)])
-def test_small_products_do_not_pay_on_a_gpu(M: int, N: int, K: int, pays: bool) -> None:
+@pytest.mark.parametrize(
+    ("M", "N", "K", "name", "pays"),
+    [
+        (64, 256, 256, "fp8-tensorwise", False),
+        (16384, 16384, 4096, "fp8-tensorwise", True),
+        (16384, 16384, 4096, "fp8-delayed", True),
+        (16384, 16384, 4096, "fp8-rowwise", True),
+        (
+            16384,
+            16384,
+            512,
+            "fp8-rowwise",
+            False,
+        ),  # too little for the library
+        (16384, 16384, 4096, "fp8-block", False),  # slower than bf16 at any size on an H100, measured
+        (16384, 16384, 4096, "mxfp8", False),
+    ],
+)
+def test_what_does_not_pay_on_a_gpu_stays(M: int, N: int, K: int, name: str, pays: bool) -> None:
     with FakeTensorMode():
         x = torch.empty(M, K, device="cuda", dtype=BF16)
-    reason = why_fp8_does_not_pay(M, N, K, x)
+    reason = why_fp8_does_not_pay(M, N, K, x, PRESETS[name])
     assert reason is None if pays else reason is not None and "as estimated" in reason
-    assert why_fp8_does_not_pay(M, N, K, torch.empty(1)) is None  # asked for on a CPU it is emulated
+    assert (
+        why_fp8_does_not_pay(M, N, K, torch.empty(1), PRESETS[name]) is None
+    )  # asked for on a CPU it is emulated

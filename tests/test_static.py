@@ -145,6 +145,24 @@ def test_missing_promotion_is_noticed():
     assert worker._promotes({}, job | {"constexprs": constants | {"PROMOTE": False}})
 
 
+def test_lost_casts_are_noticed():
+    """Of registers with a value the half that is read is theirs; R52 has none, as ptxas 12.8 left it."""
+    sass = importlib.import_module("benchmarks.static.sass")
+    lines = [
+        "LDG.E.128 R4, desc[UR8][R30.64]",
+        "LOP3.LUT R6, R6, 0xffff, RZ, 0xc0, !PT",
+        "LOP3.LUT R9, R9, 0xffffffef, RZ, 0xc0, !PT",
+        "LOP3.LUT R52, R52, 0xffff, RZ, 0xc0, !PT",
+        "STS [R30+UR4], R45",
+        "LOP3.LUT R45, R45, 0xffff, RZ, 0xc0, !PT",
+    ]
+    listing = "\n".join(
+        f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines)
+    )
+    assert sass.lost_casts(listing) == 2
+    assert sass.lost_casts(listing.replace("LDG.E.128 R4", "LDG.E.128 R50")) == 2  # R52 has a value, R6 none
+
+
 def test_serialised_wgmma_is_noticed():
     worker = importlib.import_module("benchmarks.static.worker")
     log = "(C7512) Potential Performance Loss: wgmma.mma_async ...\nUsed 40 registers, 12 bytes spill stores"
@@ -159,6 +177,7 @@ def test_serialised_wgmma_is_noticed():
         ({"advisories": ["C7515"]}, "C7515"),
         ({"tensor_cores": False}, "tensor cores"),
         ({"promoted": False}, "float32 registers"),
+        ({"lost_casts": 3}, "ptxas lost casts to FP8"),
         ({"shared": 232_449}, "shared memory"),
         ({"arch": 80, "shared": 166_913}, "shared memory"),
         ({"registers": 255}, "cannot be launched"),

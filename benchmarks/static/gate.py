@@ -54,6 +54,8 @@ def _wrong(figures: Figures, warps: int) -> list[str]:
         wrong.append("tl.dot of 16-bit or FP8 values does not use tensor cores of that kind")
     if not figures.get("promoted", True):
         wrong.append("sums of FP8 products stay in the tensor core instead of float32 registers")
+    if lost := figures.get("lost_casts"):
+        wrong.append(f"reads {lost} halves of registers that nothing wrote: ptxas lost casts to FP8")
     if figures["shared"] > (limit := ARCHITECTURES[figures["arch"]].shared_per_block):
         wrong.append(f"needs {figures['shared']} bytes of shared memory, {limit} exist")
     elif not figures["blocks"]:

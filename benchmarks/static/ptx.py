@@ -43,6 +43,10 @@ def mix(ptx: str) -> dict[str, int]:
     return {name: n for name, n in sorted(found.items()) if n}
 
 
+def casts_to_fp8(ptx: str) -> bool:
+    return bool(re.search(r"\bcvt\S*\.e(?:4m3|5m2)x2\.f", ptx))
+
+
 def amd(assembly: str) -> dict[str, Any]:
     """Registers, spilled registers and bytes of LDS from the metadata; `mfma`: matrix instructions."""
     values = {name: re.search(rf"{re.escape(text)}:\s+(\d+)", assembly) for name, text in _AMD.items()}

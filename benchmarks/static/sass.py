@@ -110,6 +110,44 @@ def _natural(header: int, tails: set[int], before: list[list[int]]) -> frozenset
     return frozenset(members)
 
 
+_HALF = re.compile(r"R(\d+), R\1, 0xffff, RZ, 0xc0, !PT$")
+_WRITES = re.compile(r"^(?:P\w+, )?R(\d+)\b")
+_NO_RESULT = (
+    "ST",
+    "RED",
+    "BAR",
+    "BRA",
+    "EXIT",
+    "SYNCS",
+    "LDGSTS",
+    "ISETP",
+    "FSETP",
+    "PLOP3",
+    "R2UR",
+    "WARPSYNC",
+)
+
+
+def lost_casts(listing: str) -> int:
+    """Halves of registers that are read before anything wrote the register, in the order of the code.
+
+    ptxas 12.8 (Triton 3.6) dropped casts to FP8 whose bytes then cross threads, and stored whatever the
+    registers held: float32 tiles with a transposed copy on an H100. What it leaves behind are
+    `LOP3.LUT R52, R52, 0xffff` of registers without a value.
+    """
+    written: set[int] = set()
+    lost = 0
+    for code in _CODE.finditer(listing):
+        opcode, operands = code[2], code[3]
+        if opcode.startswith("LOP3") and (half := _HALF.match(operands)) and int(half[1]) not in written:
+            lost += 1
+        if not opcode.startswith(_NO_RESULT) and (register := _WRITES.match(operands)):
+            first = int(register[1])
+            wide = 4 if ".128" in opcode or "MMA" in opcode or "LDSM" in opcode else 2
+            written.update(range(first, first + (128 if "GMMA" in opcode else wide)))
+    return lost
+
+
 def hot_loop(listing: str, warps: int, products: bool) -> dict[str, Any] | None:
     """The innermost loop that does most, and of equals the shortest; None if no loop does anything.
 

@@ -140,6 +140,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         "loop": read_loop(compiled.asm, job["options"]["num_warps"]) if job["loop"] else None,
+        "lost_casts": sass.lost_casts(listing(compiled.asm)) if ptx.casts_to_fp8(compiled.asm["ptx"]) else 0,
     }
 
 
@@ -161,7 +162,12 @@ def _dots(ttir: str) -> list[tuple[str, str, str]]:
 
 
 def read_loop(asm: dict[str, Any], warps: int) -> dict[str, Any] | None:
-    """See sass.hot_loop. The machine code is what ships: made by the ptxas that comes with this Triton."""
+    """See sass.hot_loop."""
+    return sass.hot_loop(listing(asm), warps, bool(_dots(asm["ttir"])))
+
+
+def listing(asm: dict[str, Any]) -> str:
+    """The machine code, which is what ships: made by the ptxas that comes with this Triton."""
     import triton
 
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -169,8 +175,7 @@ def read_loop(asm: dict[str, Any], warps: int) -> dict[str, Any] | None:
         file.write(asm["cubin"])
         file.flush()
         command = [str(disassembler), "-c", "-hex", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sass.hot_loop(listing, warps, bool(_dots(asm["ttir"])))
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def read_code(asm: dict[str, Any], log: str, arch: int) -> dict[str, Any]:

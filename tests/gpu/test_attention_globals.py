@@ -67,8 +67,8 @@ def test_global_beside_padding_and_documents(form):
 
 
 def test_global_beside_everything_else():
-    torch.manual_seed(1)  # the largest of few errors is luck: with 0, on an H100, 1.006 times what is allowed
     q, k, v = (heads(2, 60, 2, 16) for _ in range(3))
+    q = (0.25 * q).detach().requires_grad_()  # in log2 units a large float32 score is rounded once more
     ids = document_ids(torch.tensor([0, 25, 60]), 60).to("cuda")
     bias = torch.randn(1, 2, 60, 60).to("cuda").requires_grad_()
     seed, slopes = torch.tensor([5]).to("cuda"), torch.tensor([0.5, 0.25]).to("cuda")
