@@ -62,7 +62,7 @@ CONFIGS = {
 CONFIGS_SM90 = {
     ("forward", 64): (128, 64, 4, 3), ("forward", 128): (128, 128, 8, 3),
     ("grad_query", 128): (64, 64, 4, 2),
-    ("grad_key_value", 64): (128, 64, 4, 2), ("grad_key_value", 128): (64, 64, 4, 2),
+    ("grad_key_value", 64): (64, 64, 4, 2),
 }  # fmt: skip
 # grad_key_value, no mask: heads that share keys, bands, caps, ALiBi, documents; features that do not fill
 # 128; 128 features on sm_80, where Triton 3.6 spills
@@ -84,6 +84,7 @@ CONFIGS_FLOAT32 = {
 FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
 IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
 IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
+IEEE_BAND_64_SM100 = (16, 16, 8, 3)  # grad_key_value, without global tokens
 ROUNDED_FLOAT32 = (32, 16, 8, 2)  # attention_fp8, up to 32 features: with 32 keys it spills
 # Beside global tokens, whose list and flags take registers.
 GLOBALS = {("forward", 128): (128, 32, 8, 3)}
@@ -141,6 +142,9 @@ def _blocks_float32(kernel: str, widest: int, more: bool, form: Form, q: Tensor)
         return IEEE_DOCUMENTS_128
     if form.has_globals and (kernel, widest) in GLOBALS_FLOAT32:
         return GLOBALS_FLOAT32[kernel, widest]
+    on_sm100 = (kernel, widest) == ("grad_key_value", 64) and target_of(capability(q)) == "sm_100"
+    if on_sm100 and form.is_banded and not form.tf32:
+        return IEEE_BAND_64_SM100
     base = CONFIGS_FLOAT32[kernel][widest]
     return FORMS_FLOAT32.get((kernel, widest), base) if more else base
 

@@ -132,10 +132,10 @@ def first_amax_kernel(x_ptr, scale_ptr, amax_ptr, inverse_ptr, M, K, stride_m, s
 
 
 @triton.jit
-def _store_codes(y, codes_ptr, rows, columns, R, pitch, E5M2: tl.constexpr, HARDWARE: tl.constexpr):
+def _store_codes(code, codes_ptr, rows, columns, R, pitch):
     """Every column: those past the end are the padding's zeros."""
     offsets = rows.to(tl.int64)[:, None] * pitch + columns[None, :]
-    tl.store(codes_ptr + offsets, encode(y, E5M2, HARDWARE), mask=(rows < R)[:, None])
+    tl.store(codes_ptr + offsets, code, mask=(rows < R)[:, None])
 
 
 @triton.jit
@@ -177,13 +177,13 @@ def cast_kernel(
                 tl.store(inverse_ptr + column_block * tl.num_programs(0) + row_block, inverse)
             if inverse_t_ptr is not None:
                 tl.store(inverse_t_ptr + row_block * tl.num_programs(1) + column_block, inverse)
-        y = x * scale
+        # ptxas 12.8 (Triton 3.6) drops casts of float32 whose bytes then cross threads: integers there.
+        SAFE: tl.constexpr = HARDWARE and (codes_t_ptr is None or x_ptr.dtype.element_ty != tl.float32)
+        code = encode(x * scale, E5M2, SAFE)
         if codes_ptr is not None:
-            _store_codes(y, codes_ptr, rows, columns, M, pitch, E5M2, HARDWARE)
+            _store_codes(code, codes_ptr, rows, columns, M, pitch)
         if codes_t_ptr is not None:
-            # ptxas 12.8 (Triton 3.6) drops casts of float32 whose bytes then cross threads: integers there.
-            SAFE: tl.constexpr = HARDWARE and x_ptr.dtype.element_ty != tl.float32
-            _store_codes(tl.trans(y), codes_t_ptr, columns, rows, K, pitch_t, E5M2, SAFE)
+            _store_codes(tl.trans(code), codes_t_ptr, columns, rows, K, pitch_t)
     else:
         if codes_ptr is not None:
             _cast_rows(
@@ -220,7 +220,7 @@ def _cast_rows(
         offsets = number.to(tl.int64)[None, :] * R + rows[:, None]
         tl.store(inverse_ptr + offsets, inverse, mask=(rows < R)[:, None])
         y = tl.reshape(grouped * scale[:, :, None], (TILE, TILE))
-    _store_codes(y, codes_ptr, rows, columns, R, pitch, E5M2, HARDWARE)
+    _store_codes(encode(y, E5M2, HARDWARE), codes_ptr, rows, columns, R, pitch)
 
 
 def has_exact_cast(x: Tensor) -> bool:
