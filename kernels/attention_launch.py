@@ -84,7 +84,7 @@ CONFIGS_FLOAT32 = {
 FORMS_FLOAT32 = {("forward", 64): (32, 16, 16, 1), ("grad_key_value", 64): (16, 16, 8, 1)}
 IEEE_FLOAT32 = {("forward", 256): (16, 16, 16, 1), ("grad_query", 256): (16, 16, 8, 3)}  # but for sm_90
 IEEE_DOCUMENTS_128 = (16, 32, 8, 1)  # grad_key_value
-IEEE_BAND_64_SM100 = (16, 16, 8, 3)  # grad_key_value, without global tokens
+IEEE_BAND_64_SM100 = (16, 16, 16, 1)  # grad_key_value, without global tokens
 ROUNDED_FLOAT32 = (32, 16, 8, 2)  # attention_fp8, up to 32 features: with 32 keys it spills
 # Beside global tokens, whose list and flags take registers.
 GLOBALS = {("forward", 128): (128, 32, 8, 3)}
