@@ -118,6 +118,8 @@ def cpu_figures() -> str:
 
 
 def _described(table: Callable[[], gpu_tables.Described]) -> str:
+    if not (RESULTS / "gpu_h100.json").exists():
+        return "A GPU has not been measured yet; `make gpu` does.\n"
     title, headings, rows = table()
     return title + _table(headings, rows)
 
