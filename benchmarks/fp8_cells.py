@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.clock import Clock, CpuClock, CudaClock, samples
+from benchmarks.kernels.suite import sentence
 from benchmarks.results_file import environment
 from fusekit.kernels import fp8_choice, fp8_gemm, fp8_library, fp8_trial
 from fusekit.kernels.fp8_cast import cast, empty_operand
@@ -134,7 +135,7 @@ class Bench:
             return self.fail(name, sentence(error))
         calls = {f"{name} own": partial(self.own, a, b, output, recipe, call, weight)}
         if fp8_library.unfit(call) is None:
-            for accumulation in ("promote128", "fast"):
+            for accumulation in fp8_library.ACCUMULATIONS:
                 asked = call._replace(accumulation=accumulation)
                 calls[f"{name} _scaled_mm {accumulation}"] = partial(fp8_library.run, a, b, output, asked)
         self.time(calls, flops)
@@ -197,10 +198,6 @@ def _quantised(t: Tensor, dtype: torch.dtype, recipe: Recipe, weight: bool) -> O
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability() if device.type == "cuda" else (9, 0)
-
-
-def sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _failure(call: Callable[[], Any]) -> str | None:

@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.fp8_cells import Bench, sentence
+from benchmarks.fp8_cells import Bench
+from benchmarks.kernels.suite import sentence
 from benchmarks.results_file import write_results
 
 LAYERS = ((8192, 4096, 16384), (8192, 16384, 4096), (8192, 4096, 4096), (16384, 8192, 8192))

@@ -20,6 +20,7 @@ from fusekit.fp8_check import check_attention_fp8, check_fp8
 from fusekit.kernels import FP8_OPS, OPS, attention, linear_fp8
 from fusekit.kernels.norm_fp8 import WITH_CODES
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
+from fusekit.passes.price import EMULATED
 from fusekit.passes.region import Fusion
 
 ROUNDS = 5  # of fused and eager in turn; the medians are compared
@@ -75,7 +76,7 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
     if fusion.op in FP8_OPS:
         judge = check_fp8 if fusion.op == "linear_fp8" else check_attention_fp8
         checks = judge(args, fused_results, truth)
-        timed = timed and fusion.implementation != "emulated"  # nobody asks an emulation to be fast
+        timed = timed and fusion.implementation != EMULATED  # nobody asks an emulation to be fast
     else:
         checks = check(
             {name: fused_results[name] for name in eager_results}, eager_results, truth, dtype=dtype,

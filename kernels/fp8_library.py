@@ -22,6 +22,7 @@ from fusekit.kernels.fp8_format import Operand
 
 LIBRARY = "_scaled_mm"
 MULTIPLE = 16  # of columns of the output
+ACCUMULATIONS = ("promote128", "fast")
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ def unfit(call: Call) -> str | None:
         return f"{call.scaling} scales"
     if call.scaling == "row" and call.capability < (9, 0):
         return "row scales before Hopper"
-    if call.accumulation not in ("promote128", "fast"):
+    if call.accumulation not in ACCUMULATIONS:
         return f"{call.accumulation} sums"
     if call.epilogue:
         return "an activation"

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels.fp8_choice import LEAST_SIZE
+from fusekit.kernels.fp8_library import ACCUMULATIONS
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.kernels.op import LOW_PRECISION
@@ -54,10 +56,8 @@ GPUS = [
 
 # Measured on an H100 (benchmarks/results/fp8_layers_h100.json), by the recipe's scaling: the speed of FP8
 # products beside bf16's, and the bytes an element whose movement takes as long as its casts to both layouts.
-# Products of tensor and row scales are torch._scaled_mm's where every size is FP8_LIBRARY_SIZE or more.
-FP8_SPEED = {"tensor": 1.8, "row": 1.7, "block": 0.72, "mx": 0.26}
-FP8_OWN_SPEED = {"tensor": 1.1, "row": 1.1, "block": 0.72, "mx": 0.26}
-FP8_LIBRARY_SIZE = 1024
+FP8_SPEED = {"tensor": 1.1, "row": 1.1, "block": 0.72, "mx": 0.26}
+FP8_LIBRARY_SPEED = {"tensor": 1.8, "row": 1.7}  # torch._scaled_mm's, where it is taken: fp8_choice.py
 FP8_CAST_BYTES = {"tensor": 8, "row": 10, "block": 8, "mx": 13}
 FP8_DELAYED_CAST_BYTES = 6  # the scale is known: one pass
 # Of bf16's forward pass, from more than 64 features on and without documents: of the compiled kernels (static
@@ -120,7 +120,9 @@ def fp8_seconds(M: int, N: int, K: int, value: Any, recipe: Recipe) -> tuple[flo
     products = 6 * M * N * K / device.low
     operands = M * K + N * K + M * N
     started = EAGER_OVERHEAD["cuda"]
-    speed = (FP8_SPEED if min(M, N, K) >= FP8_LIBRARY_SIZE else FP8_OWN_SPEED)[recipe.scaling]
+    speed = FP8_SPEED[recipe.scaling]
+    if min(M, N, K) >= LEAST_SIZE and recipe.accumulation in ACCUMULATIONS:
+        speed = FP8_LIBRARY_SPEED.get(recipe.scaling, speed)
     moved = FP8_DELAYED_CAST_BYTES if recipe.delayed else FP8_CAST_BYTES[recipe.scaling]
     low = max(products, 3 * 2 * operands / device.bandwidth) + 3 * started
     fp8 = max(products / speed, 3 * operands / device.bandwidth)
