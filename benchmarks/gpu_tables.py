@@ -1,6 +1,7 @@
 """Tables of what was measured on a GPU: training steps, attention, FP8 layers, matrix products.
 
-Files: benchmarks/results/gpu_h100.json and fp8_layers_h100.json, and the tuned table of the device.
+Files: gpu_h100.json, attention_tiles_h100.json and fp8_layers_h100.json of benchmarks/results, and the tuned
+table of the device.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import json
 from typing import Any
 
 from benchmarks.results_file import CHECKOUT, RESULTS
+from fusekit.kernels.attention_launch import CONFIGS, CONFIGS_SM90
 
 Rows = list[tuple[Any, ...]]
 Described = tuple[str, tuple[str, ...], Rows]  # title, headings, rows
 TUNED = CHECKOUT / "kernels" / "configs" / "nvidia_h100_80gb_hbm3.json"
 DIRECTIONS = ("forward", "forward+backward")
+SWEPT = ("D", "T", "causal", "kernel", "cfg")
 
 
-def _load(name: str) -> dict[str, Any]:
+def _load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
@@ -45,21 +48,63 @@ def steps() -> Described:
 
 def attention() -> Described:
     found, rows = _load("gpu_h100.json"), []
+    sweep = _load("attention_tiles_h100.json")
     for a in found["attention"]:
         flash = (f"{a[name]}" if name in a else "" for name in ("flash2_forward", "flash2_backward"))
         sees = "causal" if a["causal"] else "full"
         shape = f"{a['batch']}×{a['heads']}×{a['tokens']:,}×{a['features']}"
-        own = (a["own_forward"], a["own_backward"], a["chosen_forward"])
-        rows.append((shape, sees, *own, a["cudnn_forward"], a["cudnn_backward"], *flash))
+        own = (a["own_forward"], a["own_backward"], f"{shipped_backward(a, sweep):.0f}")
+        libraries = (a["chosen_forward"], a["cudnn_forward"], a["cudnn_backward"], *flash)
+        rows.append((shape, sees, *own, *libraries))
     title = (
         f"Attention in bf16, TFLOP/s ({_where(found)}). The forward pass is cuDNN's where it was chosen; "
-        "the backward pass is always the own, because two runs of cuDNN's differ in their bits:\n\n"
+        "the backward pass is always the own, because two runs of cuDNN's differ in their bits. It was timed "
+        "as a whole with tiles for dk and dv that spill a few registers, which no longer ship; what ships is "
+        "put together from the times of its kernels in the sweep of tiles:\n\n"
     )
     headings = (
-        "batch × heads × tokens × features", "", "own forward", "own backward", "chosen forward",
-        "cuDNN forward", "cuDNN backward", "flash 2 forward", "flash 2 backward",
+        "batch × heads × tokens × features", "", "own forward", "own backward", "of what ships",
+        "chosen forward", "cuDNN forward", "cuDNN backward", "flash 2 forward", "flash 2 backward",
     )  # fmt: skip
     return title, headings, rows
+
+
+def shipped_backward(shape: dict[str, Any], sweep: list[dict[str, Any]]) -> float:
+    """TFLOP/s of the backward pass, of 2.5 forward passes, from the sweep's rates of its two kernels, which
+    compute 1.5 and 2 forward passes."""
+    seconds = 0.0
+    for kernel, share in (("grad_query", 1.5), ("grad_key_value", 2.0)):
+        features = shape["features"]
+        tile = CONFIGS_SM90.get((kernel, features), CONFIGS[kernel][features][0])
+        wanted = (features, shape["tokens"], shape["causal"], kernel, list(tile))
+        rate = next(r["tflops"] for r in sweep if tuple(r.get(name) for name in SWEPT) == wanted)
+        seconds += share / rate
+    return 2.5 / seconds
+
+
+def host() -> Described:
+    found = _load("gpu_h100.json")
+    rows = [(f"`{h['op']}`", f"{h['forward_us']}", f"{h['backward_us']}") for h in found["host"]]
+    title = f"What handing an op to the GPU takes the host, in µs of one thread ({_where(found)}):\n\n"
+    return title, ("op", "forward", "backward"), rows
+
+
+def loss() -> Described:
+    found = _load("gpu_h100.json")
+    shape = found["loss"]
+    title = (
+        f"`linear_cross_entropy` of {shape['shape'].replace('x', '×')} (tokens, classes, features) within a "
+        f"training step of GPT-2 124M, all of its kernels, in ms ({_where(found)}; the first at commit "
+        "0067544):\n\n"
+    )
+    rows = [
+        (
+            "rows of logits as the vocabulary has them, chunks of 512",
+            f"{shape['unaligned_chunks_of_512_ms']}",
+        ),
+        ("rows aligned, chunks of 2048", f"{shape['aligned_chunks_of_2048_ms']}"),
+    ]
+    return title, ("", "ms"), rows
 
 
 def fp8_layers() -> Described:

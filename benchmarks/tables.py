@@ -259,6 +259,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_models": cpu_models,
     "cpu_figures": cpu_figures,
     "gpu_steps": partial(_described, gpu_tables.steps),
+    "gpu_host": partial(_described, gpu_tables.host),
+    "gpu_loss": partial(_described, gpu_tables.loss),
     "gpu_attention": partial(_described, gpu_tables.attention),
     "gpu_fp8": partial(_described, gpu_tables.fp8_layers),
     "gpu_fp8_sums": partial(_described, gpu_tables.fp8_sums),

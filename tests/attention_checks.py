@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.attention import OP
+from fusekit.kernels.attention_form import around
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 
 NAMES = [argument.name for argument in OP.fused._schema.arguments]
 DEFAULTS = {argument.name: argument.default_value for argument in OP.fused._schema.arguments}
+
+# Windows beside which global tokens are tested: on both sides, seen ahead of as well, and behind a query.
+EVERYWHERE = around(16, 16) | {"global_ahead": True}
+BEHIND = {"causal": True, "window": 20}
 
 
 def heads(device: str, B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:

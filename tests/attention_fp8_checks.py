@@ -1,4 +1,4 @@
-"""What tests/test_attention_fp8.py and tests/gpu/test_attention_fp8.py ask of attention_fp8 on any device."""
+"""What is asked of attention_fp8 on any device, and models for its tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusekit import Recipe
 from fusekit.fp8_check import check_attention_fp8
+from fusekit.gpt import GPT, GPTConfig
 from fusekit.kernels.attention import reference as attention_reference
 from fusekit.kernels.attention_fp8 import OP
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
 
+HEAD, BLOCK = Recipe(attention="head"), Recipe(attention="block")
 NAMES = [argument.name for argument in OP.fused._schema.arguments]
 
 
@@ -73,3 +76,11 @@ def assert_non_finite_rows(device: str, scaling: str, dtype: torch.dtype) -> Non
                 # In 16 bits a CPU's matrix units may spread a NaN to the row beside it.
                 plain = unquantised(*(x.cpu().float() for x in tensors), True)
                 assert torch.equal(rows, ~plain.isfinite().all(-1)[0])
+
+
+def gpt(**sizes: Any) -> GPT:
+    return GPT(GPTConfig(**({"vocab": 64, "context": 32, "layers": 2, "heads": 2, "width": 32} | sizes)))
+
+
+def tokens() -> Tensor:
+    return torch.randint(64, (2, 32))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_checks import arguments, assert_parity, tokens
+from attention_checks import BEHIND, EVERYWHERE, arguments, assert_parity, tokens
 from attention_checks import heads as heads_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,11 +15,8 @@ from torch import Tensor
 from fusekit.kernels import attention, attention_blocked
 from fusekit.kernels.attention import OP
 from fusekit.kernels.attention_form import around, rows_of
+from fusekit.kernels.op import DTYPES
 from fusekit.kernels.parity import results_and_grads
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EVERYWHERE = around(16, 16) | {"global_ahead": True}
-BEHIND = {"causal": True, "window": 20}
 
 
 def heads(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:

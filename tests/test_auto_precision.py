@@ -6,7 +6,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ AutoPrecision = partial(fusekit.AutoPrecision, emulate=True)  # a CPU has no FP8
 PLANTED = "blocks.1.expand.inner"
 
 
-@pytest.fixture(autouse=True)
-def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FUSEKIT_VERIFY", "1")
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
+pytestmark = pytest.mark.usefixtures("checked")
 
 
 def gpt(**sizes: Any) -> GPT:

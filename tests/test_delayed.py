@@ -7,7 +7,6 @@ import gc
 import io
 import os
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,12 +27,7 @@ BF16 = torch.bfloat16
 SHORT = Recipe(delayed=True, history=3)
 
 
-@pytest.fixture(autouse=True)
-def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FUSEKIT_VERIFY", "1")
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
+pytestmark = pytest.mark.usefixtures("checked")
 
 
 def made(precision: Any = "fp8-delayed", checkpointed: bool = False, **settings: Any) -> Blocks:

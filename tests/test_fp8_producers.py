@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusekit
-from fusekit.kernels import norm_fp8
+from benchmarks.traffic.counting import as_on_gpu, launch_bytes
+from fusekit.kernels import OPS, norm_fp8
 from fusekit.kernels.fp8_maxima import fp8_maxima
 from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.recipe import PRESETS, Recipe
@@ -69,10 +71,7 @@ def without_gradient(m: Block, x: Tensor) -> Tensor:
     return m.out(q * torch.tanh(y))
 
 
-@pytest.fixture(autouse=True)
-def checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEKIT_VERIFY", "1")
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("checked")
 
 
 def optimised(forward: Callable, precision: str, rms: bool = False) -> Block:
@@ -190,3 +189,32 @@ def test_sites_certify_and_stay(precision: str) -> None:
     norms = [site for site in certificate.sites if site.op == "add_layer_norm"]
     assert len(norms) == 1 and norms[0].ok, str(certificate)
     assert all(site.ok for site in certificate.sites), str(certificate)
+
+
+@pytest.mark.parametrize(
+    ("name", "turned", "apart", "together"),
+    [
+        ("fp8-tensorwise", True, 14, 12),
+        ("fp8-rowwise", True, 14, 12),
+        ("fp8-rowwise-bf16-wgrad", False, 13, 9),
+    ],
+)
+def test_bytes_an_element_of_a_norm_and_its_quantisation(
+    name: str, turned: bool, apart: int, together: int
+) -> None:
+    """docs/precision.md has this table: norm of a sum in bfloat16, and the codes of y."""
+    M, N = 8192, 4096
+    recipe = PRESETS[name].token()
+    given = (recipe, 0, torch.bfloat16)
+    with FakeTensorMode(), as_on_gpu() as launches:
+        x, residual = (torch.empty(M, N, dtype=torch.bfloat16) for _ in range(2))
+        weight = torch.empty(N, dtype=torch.bfloat16)
+        y, _ = OPS["add_rms_norm"].fused(x, residual, weight, 1e-6, 0.0)
+        fp8_operand(y, *given, True, turned, None, None)
+        first = [launches.pop(0) for _ in range(len(launches))]
+        y, _, codes, _, maxima = norm_fp8.add_rms_norm_fp8(x, residual, weight, 1e-6, 0.0, recipe, turned)
+        if turned or not codes.numel():
+            fp8_operand(y, *given, not codes.numel(), turned, None, None, maxima)
+        second = list(launches)
+    for started, expected in ((first, apart), (second, together)):
+        assert sum(map(launch_bytes, started)) / (M * N) == pytest.approx(expected, rel=5e-3)

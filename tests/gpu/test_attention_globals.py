@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_checks import arguments, assert_parity, tokens
+from attention_checks import BEHIND, EVERYWHERE, arguments, assert_parity, tokens
 from attention_checks import heads as heads_on
 from torch import Tensor
 
@@ -12,11 +12,8 @@ from fusekit.kernels.attention import OP
 from fusekit.kernels.attention_documents import document_ids
 from fusekit.kernels.attention_form import around
 from fusekit.kernels.attention_globals import global_blocks
+from fusekit.kernels.op import DTYPES, LOW_PRECISION
 from fusekit.kernels.parity import deterministic, results_and_grads
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EVERYWHERE = around(16, 16) | {"global_ahead": True}
-BEHIND = {"causal": True, "window": 20}
 
 
 def heads(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,13 +65,22 @@ def test_global_beside_padding_and_documents(form):
 
 def test_global_beside_everything_else():
     q, k, v = (heads(2, 60, 2, 16) for _ in range(3))
-    q = (0.25 * q).detach().requires_grad_()  # in log2 units a large float32 score is rounded once more
     ids = document_ids(torch.tensor([0, 25, 60]), 60).to("cuda")
     bias = torch.randn(1, 2, 60, 60).to("cuda").requires_grad_()
     seed, slopes = torch.tensor([5]).to("cuda"), torch.tensor([0.5, 0.25]).to("cuda")
     given = {"mask": bias, "dropout": 0.3, "seed": seed, "slopes": slopes, "documents": ids}
     given |= dict.fromkeys(("global_queries", "global_keys"), tokens(60, 2, 40).to("cuda"))
     assert_parity(arguments(q, k, v, **around(5, 5), **given))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_global_beside_sinks_and_a_cap(dtype):
+    q, k, v = heads(2, 130, 2, 32, dtype=dtype), *(heads(2, 130, 1, 32, dtype=dtype) for _ in range(2))
+    sinks = torch.randn(2).to("cuda", dtype).requires_grad_()
+    flags = tokens(130, 2, 90).to("cuda")
+    form = EVERYWHERE | {"sinks": sinks, "global_queries": flags, "global_keys": flags}
+    assert_parity(arguments(q, k, v, **form))
+    assert_parity(arguments(q, k, v, softcap=20.0, **form))
 
 
 def test_a_row_without_keys_is_zero_and_so_is_its_gradient():
