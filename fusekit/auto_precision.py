@@ -40,7 +40,7 @@ class AutoPrecision:
     """
 
     mode: str = "frozen"
-    every: int = 50
+    every: int = 100
     calibration: int = 50
     rows: int = 256
     fine: str = "row"

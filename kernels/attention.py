@@ -5,9 +5,9 @@ r"""Scaled dot-product attention that never stores the scores.
     dq = scale cap' dS k,   dk = scale cap' dS^T q,   dmask = dS summed over what the mask repeats
 
 cap(s) = softcap tanh(s / softcap), or s. A sink is one logit more a head in the softmax's sum, without a
-value: P no longer adds up to one, and dsink = - sum over rows of P_sink delta. Which keys a query sees by its
-place (causal, window, offset), as a global token or by its document, and ALiBi's slope and distance, stand in
-attention_form.py.
+value: P no longer adds up to one, and dsink = - sum over rows of P_sink rowsum(P dP). That sum cancels in
+part, and delta would show in it that y was rounded. Which keys a query sees by its place (causal, window,
+offset), as a global token or by its document, and ALiBi's slope and distance, stand in attention_form.py.
 
 Dao 2023, "FlashAttention-2", arXiv:2307.08691; query heads share keys as in Ainslie et al. 2023, "GQA",
 arXiv:2305.13245; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xiao et al. 2023, arXiv:2309.17453; ALiBi:

@@ -121,9 +121,11 @@ def _flash_backward(
         for total, grad, r in zip(sums, grads, (rows, keys, keys), strict=True):
             add(total[batch], 2, r, grad)
         if dsinks is not None and form.sinks is not None:
+            # A sum that cancels in part, and would show that `out` was rounded.
+            exact, given = native._flash(*block[1:4], 0.0, False, attn_mask=added, scale=form.scale)
+            exact, _ = _with_sinks(exact, given, form.sinks)
             p = torch.exp(form.sinks.to(torch.float32)[:, None] - own)
-            delta = (block[0] * block[4]).sum(-1, dtype=torch.float32)
-            dsinks -= (p * delta).sum((0, 2))
+            dsinks -= (p * (block[0] * exact).sum(-1)).sum((0, 2))
 
 
 def _written_blocks(

@@ -172,7 +172,8 @@ def _forward_kernel(
 @triton.jit
 def _grad_query_kernel(
     dy_ptr, q_ptr, k_ptr, v_ptr, out_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
-    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr, seed_ptr, stats_ptr, delta_ptr, dq_ptr,
+    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr,
+    seed_ptr, stats_ptr, delta_ptr, given_ptr, dq_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
     stride_mb, stride_mh, stride_mm, stride_mn,
@@ -185,7 +186,8 @@ def _grad_query_kernel(
     ROUNDED: tl.constexpr = False,
 ):  # fmt: skip
     # With dP = dy v^T and delta = rowsum(dy * out):  dS = P (dP - delta),  dq = scale dS k
-    # delta is stored here for the other kernel, since this one reads dy and out rows anyway.
+    # delta is stored here for the other kernel, since this one reads dy and out rows anyway. The gradient of
+    # sinks, a sum over rows that cancels in part, would show that out was rounded: it takes rowsum(P dP).
     blocks = tl.cdiv(Tq, BLOCK_M)
     head_index = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -219,6 +221,8 @@ def _grad_query_kernel(
         seed = tl.load(seed_ptr) + seed_offset
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if given_ptr is not None:
+        given = tl.zeros((BLOCK_M,), tl.float32)
     first, last = keys_seen(block, Tk, low, high, BLOCK_M, BLOCK_N, BAND)
     if DOCUMENTS:
         first, last = within(first, last, ranges_ptr, batch, block, blocks, BLOCK_N)
@@ -245,8 +249,12 @@ def _grad_query_kernel(
         if DROPOUT:
             keeps = kept(seed, head_index, m[:, None], n[None, :], Tq, Tk, dropout)
             dp = tl.where(keeps, dp * (1.0 / (1.0 - dropout)), 0.0)
+        if given_ptr is not None:
+            given += tl.sum(p * dp, 1)
         ds = uncap(p * (dp - delta[:, None]), scores, cap_log2, CAP)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if given_ptr is not None:
+        tl.store(given_ptr + rows, given, mask=m < Tq)
     dq_ptr += (batch.to(tl.int64) * Tq * H + head) * D
     store_rows(dq_ptr, m, H * D, dq * scale, Tq, D, BLOCK_D)
 

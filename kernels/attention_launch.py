@@ -221,6 +221,7 @@ def backward(
     (B, H, Tq, D), (_, kv_heads, Tk, DV) = q.shape, v.shape
     mask, mask_strides = _broadcast(form.mask, q, k)
     delta = stats.new_empty((B, H, Tq))
+    given = None if form.sinks is None else torch.empty_like(delta)
     dq = q.new_empty((B, Tq, H, D))
     dk, dv = k.new_empty((B, Tk, kv_heads, D)), v.new_empty((B, Tk, kv_heads, DV))
     rows = Rows.of(form, q, k)
@@ -232,7 +233,7 @@ def backward(
     launch(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
         dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), rows.global_key_blocks(block_n),
-        form.seed, stats, delta, dq,
+        form.seed, stats, delta, given, dq,
         *strides, *numbers,
         **_constants(q, v, form, block_m, block_n), ROUNDED=rounded, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -259,7 +260,7 @@ def backward(
             ROWS=sizes[2] > 1, COLUMNS=sizes[3] > 1, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         dmask = dmask.view(form.mask.shape)
-    dsinks = None if form.sinks is None else _grad_sinks(form.sinks, stats, delta)
+    dsinks = None if form.sinks is None or given is None else _grad_sinks(form.sinks, stats, given)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dmask, dsinks
 
 

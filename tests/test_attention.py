@@ -9,7 +9,7 @@ import attention_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_checks import arguments, assert_parity
+from attention_checks import arguments, assert_parity, assert_sinks_gradient_is_rounded_once
 
 from fusekit.kernels import attention_cpu, attention_native, philox
 from fusekit.kernels.attention import OP
@@ -65,6 +65,15 @@ def test_a_result_beside_sinks_is_rounded_once(dtype):
     truth = OP.reference(*widen(arguments(q, k, v, causal=True, sinks=sinks)))
     floor = (truth.to(dtype).double() - truth).norm()
     assert (output.double() - truth).norm() < 1.1 * floor
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_gradient_of_sinks_is_rounded_once(dtype, seed):
+    torch.manual_seed(seed)
+    q, k, v = (heads(2, 130, 2, 32, dtype) for _ in "qkv")
+    sinks = torch.randn(2).to(dtype).requires_grad_()
+    assert_sinks_gradient_is_rounded_once(sinks, arguments(q, k, v, causal=True, window=17, sinks=sinks))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fusekit.kernels import mlp
 from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -125,6 +126,29 @@ def test_good_kernels_pass_for_every_seed(name, dtype):
     fused, reference, make = GOOD[name]
     failed = [v for seed in SEEDS for v in verdicts(fused, reference, make(dtype, seed)) if not v.ok]
     assert not failed
+
+
+def short_mlp(dtype, seed):
+    """One row of 24 features: errors of so few numbers scatter."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((24,), 1.0), ((40, 24), 24**-0.5), ((24, 40), 40**-0.5)
+    x, w1, w2 = (
+        (torch.randn(n, generator=generator) * scale).to(dtype).requires_grad_() for n, scale in shapes
+    )
+    return x, w1, None, w2, None, None, "silu"
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_short_results_pass_and_wrong_ones_do_not(dtype):
+    passed, spoilt = [], []
+    wrong = 1.0 + 8 * torch.finfo(dtype).eps
+    for seed in range(50):
+        args = short_mlp(dtype, seed)
+        passed += [v.ok for v in verdicts(mlp.fused, mlp.reference, args, inherent=True)]
+        verdict, *_ = verdicts(lambda *args: mlp.fused(*args) * wrong, mlp.reference, args, inherent=True)
+        spoilt.append(verdict.ok)
+    assert sum(passed) >= 0.97 * len(passed)  # 0.87 of the first gradients without the allowance
+    assert not any(spoilt)
 
 
 @pytest.mark.parametrize("T", [48, 96, 256])

@@ -7,7 +7,7 @@ import functools
 import attention_checks
 import pytest
 import torch
-from attention_checks import assert_parity
+from attention_checks import arguments, assert_parity, assert_sinks_gradient_is_rounded_once
 
 from fusekit.kernels import philox
 from fusekit.kernels._triton import tl, triton
@@ -121,6 +121,15 @@ def test_sinks_and_their_gradient(dtype):
     mask = (torch.rand(2, 1, 50, 50) < 0.5).to("cuda")
     mask[:, :, 7] = False
     assert_parity((q, k, v, mask, False, *FAR[2:], None, 0, None, sinks))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_gradient_of_sinks_is_rounded_once(dtype, seed):
+    torch.manual_seed(seed)
+    q, k, v = (heads(2, 70, 2, 32, dtype) for _ in "qkv")
+    sinks = torch.randn(2).to("cuda", dtype).requires_grad_()
+    assert_sinks_gradient_is_rounded_once(sinks, arguments(q, k, v, causal=True, window=17, sinks=sinks))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 45, 60), (45, 60), (2, 1, 45, 1), (1,)])
