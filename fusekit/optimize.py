@@ -47,6 +47,7 @@ def optimize(
     dynamic: bool | None = None,
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     keep_logits: bool = True,
+    deterministic: bool = True,
 ) -> nn.Module:
     """Optimise a model in place: same object, same Parameters, same state_dict keys. Undone by `restore`.
 
@@ -69,6 +70,9 @@ def optimize(
         dynamic: as in torch.compile.
         example_inputs: (args, kwargs) to capture with now; random state and buffers are put back afterwards.
         keep_logits: False promises that only the loss of the model's output is read.
+        deterministic: False gives up equal bits of two runs for speed: on a GPU a library may compute
+            attention's backward pass where it is faster, held to the same errors. `explain` says where, which
+            is nowhere under torch.use_deterministic_algorithms.
 
     Raises:
         ValueError: a bad argument, or a model whose devices or dtypes do not allow what was asked.
@@ -88,6 +92,7 @@ def optimize(
         remainder=_choice("remainder", remainder, REMAINDERS),
         strict=bool(strict),
         keep_logits=bool(keep_logits),
+        deterministic=_flag("deterministic", deterministic),
         scales=ModelScales(model, recipe) if recipe and recipe.delayed else None,
     )
     _check_tensors(model, settings.precision)
@@ -166,6 +171,12 @@ def _choice(name: str, value: Any, allowed: Iterable[str], synonyms: Mapping[str
     )
     hint = f"; did you mean {meant!r}?" if meant else ""
     raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, and got {value!r}{hint}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is True or False, and got {value!r}")
+    return value
 
 
 def _ops(fuse: Any) -> frozenset[str] | None:

@@ -28,7 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels import attention_blocked, attention_choice, attention_launch, attention_native, philox
+from fusekit.kernels import (
+    attention_blocked,
+    attention_choice,
+    attention_gradient,
+    attention_native,
+    philox,
+)
 from fusekit.kernels.attention_form import TENSORS, Form, dense, pairs, rows_of
 from fusekit.kernels.attention_samples import samples
 from fusekit.kernels.attention_supports import supports
@@ -59,6 +65,7 @@ def reference(
     global_queries: Tensor | None = None,
     global_keys: Tensor | None = None,
     global_ahead: bool = False,
+    deterministic: bool = True,
 ) -> Tensor:
     """The definition, scores and all. P is rounded to q.dtype where it meets v, as a matmul needs it."""
     precise = torch.promote_types(q.dtype, torch.float32)
@@ -115,6 +122,7 @@ def _drawn(seed: Tensor | None) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     form = Form(*settings)
     if on_gpu(q):
+        attention_gradient.prepare(q, k, v, form)
         return attention_choice.forward(q, k, v, form)
     if not form.is_plain:
         return attention_blocked.forward(q, k, v, form)
@@ -141,7 +149,7 @@ def _backward(
     form = Form(*settings)
     grads: tuple[Tensor | None, ...]
     if on_gpu(q):
-        grads = attention_launch.backward(grad_output, q, k, v, out, stats, form, bias_grad)
+        grads = attention_gradient.backward(grad_output, q, k, v, out, stats, form, bias_grad)
     elif bias_grad or not form.is_plain:
         grads = attention_blocked.backward(grad_output, q, k, v, out, stats, form, bias_grad)
     else:
@@ -163,7 +171,8 @@ def _backward_fake(
 _SETTINGS = (
     "Tensor? mask, bool causal, float scale, float dropout, Tensor? seed, int seed_offset, bool tf32, "
     "int? window, SymInt offset, float? softcap, Tensor? sinks, Tensor? slopes, Tensor? places, "
-    "Tensor? documents, Tensor? key_documents, Tensor? global_queries, Tensor? global_keys, bool global_ahead"
+    "Tensor? documents, Tensor? key_documents, Tensor? global_queries, Tensor? global_keys, "
+    "bool global_ahead, bool deterministic"
 )
 _forward_op = define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
@@ -210,12 +219,12 @@ def _settings(
     window: int | None = None, offset: int = 0, softcap: float | None = None, sinks: Tensor | None = None,
     slopes: Tensor | None = None, places: Tensor | None = None, documents: Tensor | None = None,
     key_documents: Tensor | None = None, global_queries: Tensor | None = None,
-    global_keys: Tensor | None = None, global_ahead: bool = False,
+    global_keys: Tensor | None = None, global_ahead: bool = False, deterministic: bool = True,
 ) -> Form:  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     form = Form(
         mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks, slopes, places,
-        documents, key_documents, global_queries, global_keys, global_ahead,
+        documents, key_documents, global_queries, global_keys, global_ahead, deterministic,
     )  # fmt: skip
     why_not = supports(q, k, v, *form)
     if why_not is not None:
@@ -240,7 +249,7 @@ fused = define(
     "float dropout=0.0, Tensor? seed=None, int seed_offset=0, bool tf32=False, int? window=None, "
     "SymInt offset=0, float? softcap=None, Tensor? sinks=None, Tensor? slopes=None, Tensor? places=None, "
     "Tensor? documents=None, Tensor? key_documents=None, Tensor? global_queries=None, "
-    "Tensor? global_keys=None, bool global_ahead=False) -> Tensor",
+    "Tensor? global_keys=None, bool global_ahead=False, bool deterministic=True) -> Tensor",
     _run,
     _fake,
     autograd=_autograd,
@@ -261,7 +270,7 @@ def flops(
 
 def runs_on(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> str:
     """Who computes this call and why, as "own kernel: window"; of tensors no values are looked at."""
-    return attention_choice.describe(q, k, v, _settings(q, k, v, *args, **kwargs))
+    return attention_gradient.describe(q, k, v, _settings(q, k, v, *args, **kwargs))
 
 
 def measure(
@@ -270,7 +279,8 @@ def measure(
     """Seconds of whoever may compute this call on its GPU, kept for later calls; empty without a choice."""
     if not on_gpu(q):
         return {}
-    return attention_choice.measure(q, k, v, _settings(q, k, v, *args, **kwargs), clock)
+    call = q, k, v, _settings(q, k, v, *args, **kwargs), clock
+    return attention_choice.measure(*call) | attention_gradient.measure(*call)
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent=True)

@@ -1,9 +1,9 @@
-"""Who computes attention's forward pass on a GPU, and why: own kernels, or a library where it is the fastest.
+"""Who computes attention on a GPU, and why: own kernels, or a library where it is the fastest.
 
-The backward pass is always our own, from the output and the log sum exp of whoever ran: exact and in a fixed
-order. In this order:
+Both passes are chosen here, each for itself: what the backward pass needs, the output and the log sum exp, is
+the same whoever ran. That it may be a library's has to be asked for: attention_gradient.py. In this order:
 
-    few queries and many keys           the decoding kernels
+    few queries and many keys           the decoding kernels, forward
     no library computes this exactly    the own kernel
     measured on this device             the fastest of those that do
     not measured                        DEFAULTS, from published figures, else the own kernel
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import (
+    attention_adapter,
     attention_blocked,
     attention_decode,
     attention_launch,
@@ -33,32 +34,23 @@ from fusekit.kernels import (
 )
 from fusekit.kernels.attention_form import GLOBAL, Form, skipped
 from fusekit.kernels.attention_libraries import LIBRARIES, Library, beyond_libraries
-from fusekit.kernels.attention_tiles import LOG2E
 from fusekit.kernels.config_table import target_of
 from fusekit.kernels.launch import Plans, capability, on_gpu, recording
-from fusekit.kernels.times_file import OWN, Choice, fastest
+from fusekit.kernels.times_file import OWN, Choice, Times, fastest
 
 DECODING = "own decoding kernel"
 # Published forward figures (H100, 512 to 16384 tokens, 64 and 128 features): cuDNN before a Triton kernel and
-# FlashAttention-2. Of other architectures, of flash-attn there and of short lengths nothing is known.
+# FlashAttention-2; its backward pass was measured there before ours. Of other architectures, of flash-attn
+# there and of short lengths nothing is known.
 DEFAULTS = {"sm_90": ("cuDNN",)}
 LEAST_LENGTH = 512
 # The fields of a form that are dealt with here; one that is set and unknown stays with the own kernel.
 KNOWN = frozenset(
     [
-        "mask",
-        "causal",
-        "scale",
-        "dropout",
-        "seed",
-        "seed_offset",
-        "tf32",
-        "window",
-        "offset",
-        "softcap",
-        "sinks",
+        "mask", "causal", "scale", "dropout", "seed", "seed_offset", "tf32", "window", "offset", "softcap",
+        "sinks", "deterministic",
     ]
-)
+)  # fmt: skip
 
 
 class _Forced(threading.local):
@@ -73,25 +65,25 @@ _plans, _forced = Plans(), _Forced()
 def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats as attention_kernels.py defines them."""
     if _forced.library is not None:
-        return _by(_forced.library, q, k, v, form)
+        return attention_adapter.forward(_forced.library, q, k, v, form)
     if _decodes(q, k, v, form):
         return attention_decode.forward(q, k, v, form)
     if not recording():
-        library = _library(choose(q, k, v, form).name)
-        if library is not None and _proved(library, q, k, v, form):
-            return _by(library, q, k, v, form)
+        library = named(choose(q, k, v, form).name)
+        if library is not None and proved(library, q, k, v, form):
+            return attention_adapter.forward(library, q, k, v, form)
     return attention_launch.forward(q, k, v, form)
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Choice:
+def choose(q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> Choice:
     """Who runs this call on a GPU; of the tensors only shapes, strides, dtypes and device are looked at."""
-    if _decodes(q, k, v, form):
+    if not backward and _decodes(q, k, v, form):
         return Choice(DECODING, "few queries, their keys in parts")
-    absent = tuple(library.absent() for library in LIBRARIES)
+    absent = tuple(library.absent() for library in libraries(backward))
     settings = tuple(value.dtype if isinstance(value, Tensor) else value for value in form)
     strides = tuple(x.stride(-1) == 1 for x in (q, k, v))
-    call = (q.dtype, q.device, q.shape, k.shape, v.shape, strides, settings, absent)
-    return _plans(call, lambda: _decide(q, k, v, form, absent))
+    call = (q.dtype, q.device, q.shape, k.shape, v.shape, strides, settings, absent, backward)
+    return _plans(call, lambda: _decide(q, k, v, form, absent, backward))
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
@@ -113,43 +105,60 @@ def _skips(q: Tensor, k: Tensor, form: Form, rows: int, keys: int) -> str:
 
 def measure(
     q: Tensor, k: Tensor, v: Tensor, form: Form, clock: Callable[[Callable[[], object]], float] | None = None
-) -> dict[str, float]:
+) -> Times:
     """Time the own kernel and every library that may take this call, and keep what was found.
 
     clock: clock(run) -> seconds of a call; None for the GPU's own. Returns seconds by name; empty where there
     is no choice.
     """
-    if _decodes(q, k, v, form) or _exclusive(q, k, v, form) is not None:
-        return {}
-    clock = clock or times_file.seconds
-    able = [x for x in LIBRARIES if x.absent() is None and x.unfit(q, k, v, form) is None]
-    able = [library for library in able if _proved(library, q, k, v, form)]
+    able = [] if _decodes(q, k, v, form) else able_to(q, k, v, form)
     if not able:
         return {}
+    clock = clock or times_file.seconds
     with torch.no_grad():
         times = {OWN: clock(partial(attention_launch.forward, q, k, v, form))}
-        times |= {library.name: clock(partial(_by, library, q, k, v, form)) for library in able}
-    attention_times.record(q.device, attention_times.key(q, k, v, form), times)
-    _plans.held.clear()
+        times |= {
+            library.name: clock(partial(attention_adapter.forward, library, q, k, v, form))
+            for library in able
+        }
+    keep(times, q, k, v, form)
     return times
 
 
-def _decide(q: Tensor, k: Tensor, v: Tensor, form: Form, absent: tuple[str | None, ...]) -> Choice:
-    unfit = _exclusive(q, k, v, form)
-    reasons = [unfit or library.unfit(q, k, v, form) for library in LIBRARIES]
+def able_to(q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> list[Library]:
+    """The libraries that may compute this call and passed their trial, now or before."""
+    if exclusive(q, k, v, form) is not None:
+        return []
+    able = [x for x in libraries(backward) if x.absent() is None and x.unfit(q, k, v, form) is None]
+    return [library for library in able if proved(library, q, k, v, form, backward)]
+
+
+def keep(times: Times, q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> None:
+    """Let later calls choose by these times."""
+    attention_times.record(q.device, attention_times.key(q, k, v, form, backward), times)
+    _plans.held.clear()
+
+
+def _decide(
+    q: Tensor, k: Tensor, v: Tensor, form: Form, absent: tuple[str | None, ...], backward: bool
+) -> Choice:
+    unfit, offered = exclusive(q, k, v, form), libraries(backward)
+    reasons = [unfit or library.unfit(q, k, v, form) for library in offered]
     if all(reasons):
         return Choice(OWN, next(filter(None, reasons), ""))
     able, refused = [], ""
-    for library, reason, missing in zip(LIBRARIES, reasons, absent, strict=True):
+    for library, reason, missing in zip(offered, reasons, absent, strict=True):
         if reason is not None:
             continue
-        why = missing or attention_trial.outcome(attention_trial.kind_of(library.name, q, k, v, form))
+        why = missing or attention_trial.outcome(
+            attention_trial.kind_of(library.name, q, k, v, form, backward)
+        )
         if why is None:
             able.append(library.name)
         refused = refused or f"{library.name}: {why}"
     if not able:
         return Choice(OWN, refused)
-    found = attention_times.measured(q.device, attention_times.key(q, k, v, form))
+    found = attention_times.measured(q.device, attention_times.key(q, k, v, form, backward))
     return fastest(found, able) or _default(q, k, able)
 
 
@@ -168,7 +177,7 @@ def _decodes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
     return few and _unknown(form) is None and attention_decode.takes(q, k, v, form)
 
 
-def _exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
+def exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
     """Why nobody but the own kernel computes this."""
     return _unknown(form) or beyond_libraries(q, k, v, form)
 
@@ -181,24 +190,21 @@ def _unknown(form: Form) -> str | None:
     return next(strange, None)
 
 
-def _by(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """The library's results in the layout and the units of ours."""
-    (B, H, Tq, _), DV = q.shape, v.shape[-1]
-    found, lse = library.run(q, k, v, form)
-    out = q.new_empty((B, Tq, H, DV)).transpose(1, 2)
-    stats = (lse.to(torch.float32) * LOG2E).reshape(1, B, H, Tq)
-    return found if found.stride() == out.stride() else out.copy_(found), stats
+def libraries(backward: bool) -> tuple[Library, ...]:
+    return tuple(x for x in LIBRARIES if x.gradient is not None) if backward else LIBRARIES
 
 
-def _library(name: str) -> Library | None:
+def named(name: str) -> Library | None:
     return next((library for library in LIBRARIES if library.name == name), None)
 
 
-def _proved(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
-    kind = attention_trial.kind_of(library.name, q, k, v, form)
+def proved(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> bool:
+    """Whether it passed its trial, which is held here where it was not yet."""
+    kind = attention_trial.kind_of(library.name, q, k, v, form, backward)
     if not attention_trial.was_tried(kind) and _capturing():
         return False  # a trial waits for the device, which a CUDA graph must not hold
-    if attention_trial.passes(kind, partial(_forcing, library), _reference):
+    run = partial(attention_adapter.both, library) if backward else partial(_forcing, library)
+    if attention_trial.passes(kind, run, _reference):
         return True
     _plans.held.clear()  # the next call chooses without it
     return False

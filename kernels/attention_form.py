@@ -13,6 +13,8 @@ with `places`, slope places[j], which says the same of padded sequences up to a 
 Documents: query i sees key j only where documents[i] = key_documents[j], whatever the order of the numbers.
 Global tokens: where global_queries[i] or global_keys[j], the window does not hold; `causal` holds still, or,
 with `global_ahead`, does not hold either. A mask and documents hold for all.
+deterministic: gradients of two runs are equal bit by bit; without it a library may sum them
+(attention_gradient.py).
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Form(NamedTuple):
     global_queries: Tensor | None = None
     global_keys: Tensor | None = None
     global_ahead: bool = False
+    deterministic: bool = True
 
     def without_tensors(self) -> Form:
         nothing: dict[str, Any] = dict.fromkeys(TENSORS)

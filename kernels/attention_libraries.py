@@ -1,4 +1,4 @@
-"""Libraries that compute attention's forward pass on a GPU, and which calls each may take.
+"""Libraries that compute attention on a GPU, and which calls each may take.
 
 A library takes a call only where its documentation says that it computes the same function; what it says
 nothing of, our own kernel keeps. In particular
@@ -6,9 +6,10 @@ nothing of, our own kernel keeps. In particular
     masks       a row without keys is zero here, and not everywhere;
     causal      is aligned to the first key in ours, to the last in flash-attn, and torch refuses lengths that
                 differ: equal lengths are the same either way;
-    backward    is never the library's: torch's flash and memory-efficient gradients are summed with atomics,
-                cuDNN's are ordered on request only, and torch does not pass it on. Our own backward kernels
-                need the output and each row's log sum exp, which every library returns.
+    backward    needs the output and each row's log sum exp, which every library returns, so that our own
+                kernels can follow any of them. torch's flash and memory-efficient gradients are summed with
+                atomics; cuDNN's are ordered on request only, and torch does not pass it on: it is for those
+                who ask for no equal bits (attention_gradient.py).
 Whether a library keeps its word on this machine is tried once: attention_trial.py.
 """
 
@@ -27,16 +28,19 @@ from fusekit.kernels.op import LOW_PRECISION
 
 aten = torch.ops.aten
 Result = tuple[Tensor, Tensor]
+Grads = tuple[Tensor, Tensor, Tensor]
 
 
 class Library(NamedTuple):
     """unfit: None, or why it may not take this call. run: out (B, H, Tq, D) in any strides, and each row's
-    natural log sum exp, (B, H, Tq) float32. absent: None, or why it cannot be called at all."""
+    natural log sum exp, (B, H, Tq) float32. absent: None, or why it cannot be called at all. gradient: dq,
+    dk, dv of dy, q, k, v, out and that log sum exp in any strides; dy and out are (B, Tq, H, D) in memory."""
 
     name: str
     unfit: Callable[[Tensor, Tensor, Tensor, Form], str | None]
     run: Callable[[Tensor, Tensor, Tensor, Form], Result]
     absent: Callable[[], str | None]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Form], Grads] | None = None
 
 
 def beyond_libraries(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
@@ -103,7 +107,30 @@ def _package_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
     run = aten._scaled_dot_product_cudnn_attention.default
     out, lse, *_ = run(q, k, v, None, True, 0.0, form.causal, scale=form.scale)
+    _lse_dims[0] = lse.ndim
     return out, lse.reshape(q.shape[:-1])  # one more dimension of one
+
+
+_lse_dims = [3]  # which of the two this build of PyTorch returns, and wants back
+# PyTorch keeps cuDNN's backward plans by sizes and strides of q, k and v, the band and dropout, but not by
+# strides of out and dy, of which a plan is made as well (ATen/native/cudnn/MHA.cpp, MHAParams): one made for
+# another dy would be run, without a word. Ours are always (B, T, H, D), and this no dropout, whose bits are
+# not those of 0.0, keeps our plans apart from those of models beside ours. The trial would notice if not.
+_NO_DROPOUT = -0.0
+
+
+def _cudnn_gradient(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, form: Form
+) -> Grads:
+    """Seed and offset are not read without dropout; cumulative lengths are of packed sequences."""
+    run = aten._scaled_dot_product_cudnn_attention_backward.default
+    unread = q.new_empty((), dtype=torch.int64)
+    dy = dy if dy.data_ptr() % 16 == 0 else dy.clone()  # plans are made for aligned tensors
+    lse = lse.unsqueeze(-1) if _lse_dims[0] == 4 else lse
+    return run(
+        dy, q, k, v, out, lse, unread, unread, None, None, None, q.shape[-2], k.shape[-2], _NO_DROPOUT,
+        form.causal, scale=form.scale,
+    )  # fmt: skip
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
@@ -157,7 +184,7 @@ def _package_absent() -> str | None:
 
 # In the order in which they are preferred where nothing was measured.
 LIBRARIES = (
-    Library("cuDNN", _cudnn_unfit, _cudnn, _cudnn_absent),
+    Library("cuDNN", _cudnn_unfit, _cudnn, _cudnn_absent, _cudnn_gradient),
     Library("flash-attn", _package_unfit, _package, _package_absent),
     Library("SDPA flash", _flash_unfit, _flash, _flash_absent),
     Library("SDPA memory-efficient", _efficient_unfit, _efficient, _efficient_absent),

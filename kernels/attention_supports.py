@@ -37,6 +37,7 @@ def supports(
     global_queries: Tensor | None = None,
     global_keys: Tensor | None = None,
     global_ahead: bool = False,
+    deterministic: bool = True,
 ) -> str | None:
     """None, or why these arguments cannot be fused."""
     if not (q.ndim == k.ndim == v.ndim == 4):

@@ -1,4 +1,4 @@
-"""What attention's forward pass was measured to take on a device, by implementation and bucket of shapes.
+"""What attention's passes were measured to take on a device, by implementation and bucket of shapes.
 
 The file is attention-<device>.json: times_file.py.
 """
@@ -19,7 +19,7 @@ from fusekit.kernels.times_file import Times
 SUITE = "attention"
 
 
-def key(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
+def key(q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> str:
     """The bucket of a call: sizes to the next power of two, and what it is beyond its sizes."""
     B, H, Tq, D = q.shape
     sees = "causal" if form.causal else "full"
@@ -29,7 +29,7 @@ def key(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
         sees += " capped"
     dtype = str(q.dtype).removeprefix("torch.")
     shapes = f"{bucket(B * k.shape[1])}x{H // k.shape[1]} heads {bucket(Tq)}x{bucket(k.shape[2])}"
-    return f"{dtype} {shapes} features {D}x{v.shape[-1]} {sees}"
+    return f"{dtype} {shapes} features {D}x{v.shape[-1]} {sees}{' backward' * backward}"
 
 
 def measured(device: torch.device, bucket_key: str) -> Mapping[str, float]:

@@ -2,9 +2,10 @@
 
 On a small call of the kind, results and gradients (which our own backward kernels make from the library's
 output and log sum exp) are held to the criterion of every op, against float64, and two runs must be equal bit
-by bit. A log sum exp in another unit, a mask with another corner or heads shared in another order would train
-another model without a sound; a trial costs milliseconds. It runs on a thread of its own: whatever is set on
-the caller's (autograd's state, autocast, a tracing mode) must not decide its outcome.
+by bit. A library's backward pass has a trial more, of both its passes, in which two runs are held to the
+criterion and bits may differ. A log sum exp in another unit, a mask with another corner or heads shared in
+another order would train another model without a sound; a trial costs milliseconds. It runs on a thread of
+its own: whatever is set on the caller's (autograd's state, autocast, a tracing mode) must not decide it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +22,33 @@ from fusekit.kernels.attention_form import Form
 from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
 
 LENGTH = 200  # no multiple of a block; two blocks of every library's
-Kind = tuple[Any, ...]
+
+
+class Kind(NamedTuple):
+    """What a library's code paths differ by; sizes of a batch and lengths do not."""
+
+    library: str
+    device: torch.device
+    dtype: torch.dtype
+    features: int
+    group: int
+    causal: bool
+    window: int | bool
+    square: bool
+    softcap: float | None
+    backward: bool
+
 
 _outcomes: dict[Kind, str | None] = {}
 
 
-def kind_of(library: str, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Kind:
-    """What a library's code paths differ by; sizes of a batch and lengths do not."""
+def kind_of(library: str, q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> Kind:
+    """The kind of this call; backward: of its backward pass, which the library computes as well."""
     group = q.shape[1] // k.shape[1]
     window = form.window is not None and min(form.window, LENGTH // 2)
-    return (
+    return Kind(
         library, q.device, q.dtype, q.shape[-1], group, form.causal, window, q.shape[-2] == k.shape[-2],
-        form.softcap,
+        form.softcap, backward,
     )  # fmt: skip
 
 
@@ -43,6 +59,10 @@ def outcome(kind: Kind) -> str | None:
 
 def was_tried(kind: Kind) -> bool:
     return kind in _outcomes
+
+
+def was_passed(kind: Kind) -> bool:
+    return _outcomes.get(kind, "not tried") is None
 
 
 def passes(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Tensor]) -> bool:
@@ -61,7 +81,7 @@ def passes(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Te
 
 def _try(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Tensor]) -> str | None:
     try:
-        with _on(kind[1]):
+        with _on(kind.device):
             return _judged(kind, fused, reference)
     except Exception as error:  # whatever it is, the library cannot be used
         text = str(error).strip().splitlines()
@@ -77,16 +97,17 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def _judged(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Tensor]) -> str | None:
     args = _arguments(kind)
     eager, truth = results_and_grads(reference, args), results_and_grads(reference, widen(args))
-    results = results_and_grads(fused, args)
-    verdicts = check(results, eager, truth, dtype=kind[2], terms=longest_sum(args), inherent=True)
-    if wrong := next((v for v in verdicts if not v.ok), None):
-        return f"on a small call its {wrong.name.replace('_', ' ')} is wrong: {wrong.reason}"
-    return None if deterministic(fused, args, runs=2) else "two runs of it differ"
+    for _ in range(2 if kind.backward else 1):
+        results = results_and_grads(fused, args)
+        verdicts = check(results, eager, truth, dtype=kind.dtype, terms=longest_sum(args), inherent=True)
+        if wrong := next((v for v in verdicts if not v.ok), None):
+            return f"on a small call its {wrong.name.replace('_', ' ')} is wrong: {wrong.reason}"
+    return None if kind.backward or deterministic(fused, args, runs=2) else "two runs of it differ"
 
 
 def _arguments(kind: Kind) -> tuple[Any, ...]:
     """q, k, v and what follows in the schema of `attention`, from a generator of its own."""
-    _, device, dtype, features, group, causal, window, square, softcap = kind
+    _, device, dtype, features, group, causal, window, square, softcap, _ = kind
     generator = torch.Generator().manual_seed(0)
 
     def heads(length: int, count: int) -> Tensor:

@@ -169,6 +169,8 @@ class _Fuser:
             return reason
         if match.rule.op == "attention":
             match = self.attention(match)
+        if match.rule.op == "attention" and self.region.training and not self.region.settings.deterministic:
+            match.arguments["deterministic"] = False
         op = ALL_OPS[match.rule.op]
         before = insertion_point(match)
         late = [node for node in operands(match.arguments) if not node < before]

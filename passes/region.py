@@ -50,6 +50,7 @@ class Settings:
     remainder: "auto", "eager", "inductor".
     strict: raise where a matmul, attention or norm stays unfused.
     keep_logits: False promises that only the loss is read.
+    deterministic: False allows gradients whose bits differ between two runs.
     scales: of a recipe with delayed scales.
     """
 
@@ -62,6 +63,7 @@ class Settings:
     remainder: str = "auto"
     strict: bool = False
     keep_logits: bool = True
+    deterministic: bool = True
     scales: ModelScales | None = field(default=None, repr=False, compare=False)
 
 

@@ -5,23 +5,32 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from library_checks import (
+    Attend,
+    exact,
+    form,
+    heads,
+    library,
+    nothing_known,
+    offer,
+    take_the_gpus_way,
+)
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 import fusekit
 from benchmarks import tune_attention
 from fusekit.kernels import (
     attention,
+    attention_adapter,
     attention_choice,
     attention_launch,
     attention_libraries,
-    attention_native,
     attention_times,
     attention_trial,
     cpu_library,
@@ -30,30 +39,10 @@ from fusekit.kernels import (
 from fusekit.kernels.attention import OP
 from fusekit.kernels.attention_choice import OWN, choose
 from fusekit.kernels.attention_form import Form
-from fusekit.kernels.attention_libraries import LIBRARIES, Library
+from fusekit.kernels.attention_libraries import LIBRARIES
 from fusekit.kernels.attention_tiles import LOG2E
 from fusekit.kernels.launch import record
 from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
-
-
-def heads(length: int, count: int = 2, features: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(1, length, count, features).to(dtype).transpose(1, 2)
-
-
-def form(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Form:
-    return attention._settings(q, k, v, **settings)
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """What a right library returns: out in other strides than ours, and the natural log sum exp."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q.float() @ k.float().transpose(-1, -2) * form.scale
-    if form.causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(form.offset)
-        scores = scores.masked_fill(~seen, -math.inf)
-    out = scores.softmax(-1).to(q.dtype) @ v
-    return out.contiguous(), scores.logsumexp(-1)
 
 
 def in_log2(*args: Any) -> tuple[Tensor, Tensor]:
@@ -81,57 +70,15 @@ def failing(*args: Any) -> tuple[Tensor, Tensor]:
     raise RuntimeError("no engine for this graph")
 
 
-def library(run: Callable[..., Any] = exact, name: str = "cuDNN") -> Library:
-    return Library(name, attention_libraries._cudnn_unfit, run, lambda: None)
-
-
-class Attend(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(32, 96, bias=False)  # a bias of keys has a gradient of rounding alone
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        scores = (q @ k.transpose(-1, -2) / 4).masked_fill(torch.ones(600, 600).tril() == 0, -math.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """No times, no trials and no plans of other tests."""
-    monkeypatch.setattr(times_file, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(times_file, "device_name", lambda device: "test")
-    monkeypatch.setattr(attention_choice, "capability", lambda q: (9, 0))
-    monkeypatch.setattr(attention_trial, "_outcomes", {})
-    times_file.forget()
-    attention_choice._plans.held.clear()
-    torch.manual_seed(0)
-    yield
-    times_file.forget()
-    attention_choice._plans.held.clear()
+    with nothing_known(tmp_path, monkeypatch):
+        yield
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """CPU tensors take the GPU's way; the CPU's passes stand in for our kernels, in their units."""
-
-    def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, _: bool
-    ):
-        grads = attention_native.backward(dy, q, k, v, out, stats / LOG2E, *attention._native(form))
-        return *grads, None, None
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, form: Form):
-        out, stats = attention_native.forward(q, k, v, *attention._native(form))
-        return out, stats * LOG2E
-
-    monkeypatch.setattr(attention, "on_gpu", lambda x: True)
-    monkeypatch.setattr(attention_launch, "backward", backward)
-    monkeypatch.setattr(attention_launch, "forward", forward)
-
-
-def offer(monkeypatch: pytest.MonkeyPatch, *libraries: Library) -> None:
-    monkeypatch.setattr(attention_choice, "LIBRARIES", libraries)
+    take_the_gpus_way(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -323,9 +270,10 @@ def test_tuning_measures_what_training_meets(on_gpu, monkeypatch):
     out = io.StringIO()
     found = tune_attention.run(
         torch.device("cpu"), Console(file=out), shapes=((1, 2, 1, 40, 16), (1, 2, 2, 40, 20)),
-        clock=lambda run: 1e-4 if getattr(run, "func", None) is attention_choice._by else 2e-4,
+        clock=lambda run: 1e-4 if getattr(run, "func", None) is attention_adapter.forward else 2e-4,
     )  # fmt: skip
     assert [len(times) for times in found.values()] == 2 * [2, 2, 0, 0]  # 20 features are no multiple of 8
+    assert not any("backward" in who for times in found.values() for who in times)  # it computes no gradients
     assert "float16 1x2/1x40x16 full: cuDNN 100 µs, own kernel 200 µs" in out.getvalue()
     q, k, v = heads(40, 2, 16), heads(40, 1, 16), heads(40, 1, 16)
     assert attention.runs_on(q, k, v, None, True) == "CPU C++ pass" or not cpu_library.multiplies()
