@@ -122,20 +122,20 @@ class Bench:
         for product, (extent, dtypes) in wanted.items():
             if getattr(recipe, product):
                 call = Call(
-                    self.device, _capability(self.device), extent, dtypes, recipe.scaling, "promote128"
-                )
-                weight = recipe.scaling == "block" and product != "grad_weight"
-                self.product(f"{name} {product}", recipe, call, weight, flops)
+                    self.device, _capability(self.device), extent, dtypes, recipe.scaling, "promote128",
+                    square=recipe.scaling == "block" and product != "grad_weight",
+                )  # fmt: skip
+                self.product(f"{name} {product}", recipe, call, flops)
 
-    def product(self, name: str, recipe: Recipe, call: Call, weight: bool, flops: float) -> None:
+    def product(self, name: str, recipe: Recipe, call: Call, flops: float) -> None:
         try:
-            a, b = (self.operand(call, recipe, side, weight and side == 1) for side in range(2))
+            a, b = (self.operand(call, recipe, side, call.square and side == 1) for side in range(2))
             output = torch.empty(call.sizes[:2], dtype=call.dtypes[2], device=self.device)
         except Exception as error:
             return self.fail(name, sentence(error))
-        calls = {f"{name} own": partial(self.own, a, b, output, recipe, call, weight)}
+        calls = {f"{name} own": partial(self.own, a, b, output, recipe, call)}
         if fp8_library.unfit(call) is None:
-            for accumulation in fp8_library.ACCUMULATIONS:
+            for accumulation in fp8_library.ACCUMULATIONS[: 1 if call.scaling == "block" else 2]:
                 asked = call._replace(accumulation=accumulation)
                 calls[f"{name} _scaled_mm {accumulation}"] = partial(fp8_library.run, a, b, output, asked)
         self.time(calls, flops)
@@ -148,16 +148,14 @@ class Bench:
         cast(values, call.dtypes[side], recipe, made, None, weight=weight)
         return made
 
-    def own(
-        self, a: Operand, b: Operand, output: Tensor, recipe: Recipe, call: Call, square: bool = False
-    ) -> None:
+    def own(self, a: Operand, b: Operand, output: Tensor, recipe: Recipe, call: Call) -> None:
         dtypes, width = call.dtypes[:2], a.codes.shape[1]
         if self.dry:
             left = fp8_gemm.values(a, recipe, dtypes[0], width, False)
-            output.copy_(left @ fp8_gemm.values(b, recipe, dtypes[1], width, square).t())
+            output.copy_(left @ fp8_gemm.values(b, recipe, dtypes[1], width, call.square).t())
         else:
             fp8_gemm.product(
-                a, b, output, recipe, dtypes, contraction=call.sizes[2], square=square,
+                a, b, output, recipe, dtypes, contraction=call.sizes[2], square=call.square,
                 fast=recipe.accumulation == "fast",
             )  # fmt: skip
 

@@ -15,7 +15,7 @@ from fusekit.meter import machine
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
 # Raised when a reader of older files would misread them.
-KERNEL_SCHEMA, TRAFFIC_SCHEMA, MODEL_SCHEMA, QUALITY_SCHEMA = 1, 2, 1, 1
+KERNEL_SCHEMA, TRAFFIC_SCHEMA, MODEL_SCHEMA, QUALITY_SCHEMA = 1, 2, 1, 2
 SCHEMAS = {
     "kernels": KERNEL_SCHEMA,
     "traffic": TRAFFIC_SCHEMA,

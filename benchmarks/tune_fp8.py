@@ -20,7 +20,7 @@ LAYERS = (
     (8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (8192, 2048, 2048), (8192, 2048, 8192),
     (8192, 8192, 2048), (16384, 8192, 8192),
 )  # fmt: skip
-RECIPES = ("fp8-tensorwise", "fp8-rowwise")  # delayed scales are the first's products
+RECIPES = ("fp8-tensorwise", "fp8-rowwise", "fp8-block")  # delayed scales are the first's products
 
 
 def run(

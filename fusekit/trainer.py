@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusekit.auto_precision import AutoPrecision
 from fusekit.checkpoint import load_checkpoint, save_checkpoint
 from fusekit.data import Batches, Corpus, validation_batches
 from fusekit.interrupt import Interrupted, StopRequest
+from fusekit.kernels.recipe import Recipe
 from fusekit.loss_scaler import LossScaler
 from fusekit.meter import Stopwatch, peak_memory
 from fusekit.monitor import Metrics, Monitor, read_metrics
@@ -46,6 +48,7 @@ class Trainer:
         identity: what the model is (sizes, type), as plain values; a checkpoint of another model is refused.
         stop_after: stop there although the schedule is made for config.steps; None is config.steps.
         watch: called with every record.
+        precision: what `optimize` is given instead of config.precision, where that name does not say enough.
     """
 
     def __init__(
@@ -60,13 +63,14 @@ class Trainer:
         monitor: Monitor | None = None,
         stop_after: int | None = None,
         watch: Callable[[dict[str, Any]], None] | None = None,
+        precision: Recipe | AutoPrecision | None = None,
     ) -> None:
         self.device, self.config, self.folder, self.corpus = torch.device(device), config, folder, corpus
         self.identity = (identity or {}) | {"text": corpus.digest}
         self.last_step = min(config.steps, stop_after or config.steps)
         self.watch = watch or (lambda record: None)
         self.model = model.to(self.device).train()
-        self.forward = provide(self.model, config)
+        self.forward = provide(self.model, config, precision)
         self.precision = auto_precision(self.model) if config.precision == "auto" else None
         ours = config.provider == "fusekit"
         self.scales = precision_state(self.model) if ours else PrecisionState(None)
@@ -256,7 +260,9 @@ class Trainer:
         self.watch(record)
 
 
-def provide(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
+def provide(
+    model: nn.Module, config: TrainConfig, precision: Recipe | AutoPrecision | None = None
+) -> Callable[..., Any]:
     """What runs the forward pass. The model keeps its parameters and its state_dict in every case."""
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -268,7 +274,7 @@ def provide(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
         every = config.precision_every
         auto = fusekit.AutoPrecision(every=every, calibration=every)
         named: Any = {"float32": "keep", "auto": auto}.get(config.precision, config.precision)
-        return fusekit.optimize(model, precision=named)
+        return fusekit.optimize(model, precision=precision or named)
     return model
 
 

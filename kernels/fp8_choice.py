@@ -4,7 +4,8 @@ In this order:
 
     it does not compute this exactly    the own kernel (fp8_library.unfit)
     measured on this device             the faster one
-    not measured                        _scaled_mm from LEAST_SIZE on, on the architectures of DEFAULTS
+    not measured                        _scaled_mm from LEAST_SIZE on, on the architectures of DEFAULTS;
+                                        the own kernel for scales of 1 x 128 on both sides
 
 It must have passed its trial (fp8_trial.py) on this machine, and where it was measured have agreed with the
 own kernel at that size. Nothing is measured in a training step: `measure` is called by `fusekit bench --tune`
@@ -38,6 +39,7 @@ SUMS_DIFFER = {"promote128": 4e-4, "fast": 1e-2}
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 _plans = Plans()
+_failed: dict[Call, str] = {}  # what the library refused, of a kind that it takes at other sizes
 
 
 def product(
@@ -61,9 +63,10 @@ def product(
             output.device, capability(output), (output.shape[0], output.shape[1], contraction),
             (*dtypes, output.dtype), recipe.scaling, _accumulation(recipe, fast),
             None if bias is None else bias.dtype, act != "none" or z is not None, output.is_contiguous(),
+            square,
         )  # fmt: skip
-        if choose(call).name == LIBRARY and _proved(call):
-            return fp8_library.run(a, b, output, call, bias)
+        if choose(call).name == LIBRARY and _proved(call) and _library_ran(a, b, output, call, bias):
+            return
     fp8_gemm.product(
         a, b, output, recipe, dtypes, contraction=contraction, square=square, bias=bias, act=act, z=z,
         fast=fast, maxima=maxima,
@@ -78,19 +81,30 @@ def choose(call: Call) -> Choice:
 
 def products(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, recipe: str) -> dict[str, Call]:
     """The FP8 products of a layer; of the tensors only shapes, dtypes and device are looked at."""
-    chosen = Recipe.parse(recipe)
     (N, K), M = weight.shape, x.numel() // max(weight.shape[1], 1)
+    return calls((M, N, K), x, weight.dtype, Recipe.parse(recipe), None if bias is None else bias.dtype, act)
+
+
+def calls(
+    sizes: tuple[int, int, int], x: Tensor, weight_dtype: torch.dtype, chosen: Recipe,
+    bias: torch.dtype | None = None, act: str = "none",
+) -> dict[str, Call]:  # fmt: skip
+    """The FP8 products of a layer of so many tokens, output and input features on x's device."""
+    M, N, K = sizes
     sums, forward, gradient = _accumulation(chosen, False), chosen.forward, chosen.gradient
+    blocks = chosen.scaling == "block"
     on = (x.device, capability(x))
-    calls = {
+    found = {
         "output": Call(
             *on, (M, N, K), (forward, forward, x.dtype), chosen.scaling, _accumulation(chosen, True),
-            None if bias is None else bias.dtype, act != "none",
+            bias, act != "none", square=blocks,
         ),
-        "grad_input": Call(*on, (M, K, N), (gradient, forward, x.dtype), chosen.scaling, sums),
-        "grad_weight": Call(*on, (N, K, M), (gradient, forward, weight.dtype), chosen.scaling, sums),
+        "grad_input": Call(
+            *on, (M, K, N), (gradient, forward, x.dtype), chosen.scaling, sums, square=blocks
+        ),
+        "grad_weight": Call(*on, (N, K, M), (gradient, forward, weight_dtype), chosen.scaling, sums),
     }  # fmt: skip
-    return {name: call for name, call in calls.items() if getattr(chosen, name)}
+    return {name: call for name, call in found.items() if getattr(chosen, name)}
 
 
 def describe(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, recipe: str) -> str:
@@ -126,7 +140,7 @@ def measure(
 def key(call: Call) -> str:
     """The bucket of a product: sizes to the next power of two, and what it is beyond its sizes."""
     left, right, output = (str(dtype).removeprefix("torch.") for dtype in call.dtypes)
-    extra = "" if call.bias is None else " bias"
+    extra = ("" if call.bias is None else " bias") + (" square" if call.square else "")
     sizes = "x".join(str(bucket(size)) for size in call.sizes)
     return f"{left} {right} to {output} {call.scaling} {call.accumulation}{extra} {sizes}"
 
@@ -135,7 +149,7 @@ def own(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None 
     """What fp8_library.run computes, by the own kernel."""
     recipe = Recipe(scaling=call.scaling, accumulation=call.accumulation)
     fp8_gemm.product(
-        a, b, output, recipe, call.dtypes[:2], contraction=call.sizes[2], bias=bias,
+        a, b, output, recipe, call.dtypes[:2], contraction=call.sizes[2], bias=bias, square=call.square,
         fast=call.accumulation == "fast",
     )  # fmt: skip
 
@@ -144,29 +158,35 @@ def operands(call: Call) -> tuple[Operand, Operand, Tensor | None]:
     """Gaussian operands of this product, and a bias."""
     recipe = Recipe(scaling=call.scaling)
     made = []
-    for rows, dtype in zip(call.sizes[:2], call.dtypes[:2], strict=True):
+    weights = (False, call.square)
+    for rows, dtype, weight in zip(call.sizes[:2], call.dtypes[:2], weights, strict=True):
         values = torch.randn(rows, call.sizes[2], device=call.device, dtype=torch.bfloat16)
-        made.append(empty_operand(values, recipe, False, False))
-        cast(values, dtype, recipe, made[-1], None)
+        made.append(empty_operand(values, recipe, weight, False))
+        cast(values, dtype, recipe, made[-1], None, weight=weight)
     bias = None if call.bias is None else torch.randn(call.sizes[1], device=call.device, dtype=call.bias)
     return made[0], made[1], bias
 
 
 def _accumulation(recipe: Recipe, output: bool) -> str:
-    """How the sums of one product are kept: of "fast" only those of `output`."""
-    return "promote128" if recipe.accumulation == "fast" and not output else recipe.accumulation
+    """How the sums of one product are kept: of "fast" only those of `output`, and none between blocks."""
+    promoted = recipe.accumulation == "fast" and (not output or recipe.scaling == "block")
+    return "promote128" if promoted else recipe.accumulation
 
 
 def _decide(call: Call, absent: str | None) -> Choice:
     if reason := fp8_library.unfit(call):
         return Choice(OWN, reason)
-    if reason := absent or fp8_trial.outcome(call):
+    if reason := absent or fp8_trial.outcome(call) or _failed.get(call):
         return Choice(OWN, f"{LIBRARY}: {reason}")
-    found = fastest(times_file.measured(SUITE, call.device, key(call)), [LIBRARY])
+    return fastest(times_file.measured(SUITE, call.device, key(call)), [LIBRARY]) or unmeasured(call)
+
+
+def unmeasured(call: Call) -> Choice:
+    """Who computes what the library may take where nobody has measured it."""
     target = target_of(call.capability)
-    if found is not None:
-        return found
-    if target not in DEFAULTS:
+    if reason := fp8_library.unfit(call):
+        return Choice(OWN, reason)
+    if target not in DEFAULTS or (call.scaling == "block" and not call.square):
         return Choice(OWN, f"not measured against {LIBRARY}: fusekit bench --tune does")
     if min(call.sizes) < LEAST_SIZE:
         return Choice(OWN, f"a dimension below {LEAST_SIZE}, and not measured")
@@ -179,10 +199,9 @@ def _times(call: Call, clock: Callable[[Callable[[], object]], float]) -> dict[s
     results = [torch.empty(call.sizes[:2], dtype=call.dtypes[2], device=call.device) for _ in range(3)]
     ours, found, again = results
     own(a, b, ours, call, bias)
-    for output in (found, again):
-        fp8_library.run(a, b, output, call, bias)
+    ran = all(_library_ran(a, b, output, call, bias) for output in (found, again))
     times = {OWN: clock(partial(own, a, b, ours, call, bias))}
-    right = torch.equal(found, again) and differ(found, ours) <= allowed(call)
+    right = ran and torch.equal(found, again) and differ(found, ours) <= allowed(call)
     times[LIBRARY] = clock(partial(fp8_library.run, a, b, found, call, bias)) if right else times_file.WRONG
     return times
 
@@ -195,6 +214,20 @@ def differ(found: Tensor, ours: Tensor) -> float:
 def allowed(call: Call) -> float:
     """The most by which the library's result may differ from ours."""
     return ROUNDING[call.dtypes[2]] + SUMS_DIFFER[call.accumulation]
+
+
+def _library_ran(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None) -> bool:
+    """Whether it took the product. What it says no to at this size is ours from here on."""
+    try:
+        fp8_library.run(a, b, output, call, bias)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        first_line = (str(error).strip().splitlines() or ["?"])[0]
+        _failed[call] = f"at this size it fails: {type(error).__name__}: {first_line}"
+        _plans.held.clear()
+        return False
+    return True
 
 
 def _proved(call: Call) -> bool:

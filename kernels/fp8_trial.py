@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels.fp8_format import Operand
+from fusekit.kernels.fp8_format import BLOCK_GROUP, Operand, spread
 from fusekit.kernels.fp8_library import Call
 from fusekit.kernels.recipe import LARGEST
 
 SIZES = (48, 32, 4096)  # several of cuBLAS's smallest tiles, and a contraction that shows how sums are kept
+BLOCK_SIZES = (144, 256, 4224)  # several groups of columns, and steps that 4 does not divide
 MARGIN = 1.25  # of our own error, or of the rounding to the output's dtype
 ROWS_WITH_NAN = slice(3, 5)
 Run = Callable[[Operand, Operand, Tensor, Call, Tensor | None], None]
@@ -29,7 +30,7 @@ _outcomes: dict[Kind, str | None] = {}
 
 def kind_of(call: Call) -> Kind:
     """What a library's code paths differ by; sizes are measured, and compared where they are."""
-    return call.device, call.dtypes, call.scaling, call.accumulation, call.bias
+    return call.device, call.dtypes, call.scaling, call.accumulation, call.bias, call.square
 
 
 def outcome(call: Call) -> str | None:
@@ -52,7 +53,8 @@ def passes(call: Call, library: Run, own: Run) -> bool:
     if kind not in _outcomes:
         try:
             with torch.no_grad():
-                _outcomes[kind] = _judged(call._replace(sizes=SIZES), library, own)
+                sizes = BLOCK_SIZES if call.scaling == "block" else SIZES
+                _outcomes[kind] = _judged(call._replace(sizes=sizes), library, own)
         except Exception as error:  # whatever it is, the library cannot be used
             text = str(error).strip().splitlines()
             _outcomes[kind] = f"on a small product it fails: {type(error).__name__}: {(text or ['?'])[0]}"
@@ -70,6 +72,8 @@ def _judged(call: Call, library: Run, own: Run) -> str | None:
             return f"on a small product of {signs} its error is {error:.2g} and ours {limit:.2g}"
         if not torch.equal(found, again):
             return "two runs of it differ"
+    if call.scaling == "block":  # steps overflow one by one, and infinities of both signs would be NaN
+        a, b, bias = _operands(call, True)
     unit = Operand(b.codes, torch.ones_like(b.inverse))
     for name, left in (("NaN", _with_nan(a, call)), ("infinite", _too_large(a))):
         found, ours = (_result(run, left, unit, call, bias) for run in (library, own))
@@ -85,7 +89,8 @@ def _operands(call: Call, one_sign: bool) -> tuple[Operand, Operand, Tensor | No
     for rows, dtype in zip(call.sizes[:2], call.dtypes[:2], strict=True):
         values = torch.randn(rows, call.sizes[2], generator=generator) * 60
         values = (values.abs() if one_sign else values).clamp(-LARGEST[dtype], LARGEST[dtype])
-        exponents = torch.randint(-9, -3, (1, rows if call.scaling == "row" else 1), generator=generator)
+        groups = _groups(call, len(operands))
+        exponents = torch.randint(-9, -3, groups, generator=generator)
         codes = values.to(dtype).view(torch.uint8)
         operands.append(Operand(codes.to(call.device), exponents.float().exp2().to(call.device)))
     bias = None
@@ -94,8 +99,18 @@ def _operands(call: Call, one_sign: bool) -> tuple[Operand, Operand, Tensor | No
     return operands[0], operands[1], bias
 
 
+def _groups(call: Call, side: int) -> tuple[int, int]:
+    """Inverse scales of an operand, group-major: steps of the contraction, groups of rows."""
+    rows = call.sizes[side]
+    if call.scaling != "block":
+        return 1, rows if call.scaling == "row" else 1
+    return -(-call.sizes[2] // BLOCK_GROUP), -(-rows // BLOCK_GROUP) if side and call.square else rows
+
+
 def _value(operand: Operand, dtype: torch.dtype) -> Tensor:
-    return operand.codes.view(dtype).double() * operand.inverse.double().t()
+    codes, inverse = operand.codes.view(dtype).double(), operand.inverse.double().t()
+    group = tuple(-(-size // groups) for size, groups in zip(codes.shape, inverse.shape, strict=True))
+    return codes * spread(inverse, (group[0], group[1]), (codes.shape[0], codes.shape[1]))
 
 
 def _result(run: Run, a: Operand, b: Operand, call: Call, bias: Tensor | None) -> Tensor:
@@ -110,7 +125,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 def _with_nan(operand: Operand, call: Call) -> Operand:
     inverse = operand.inverse.clone()
-    inverse[:, ROWS_WITH_NAN if call.scaling == "row" else slice(None)] = torch.nan
+    inverse[:, slice(None) if call.scaling == "tensor" else ROWS_WITH_NAN] = torch.nan
     return Operand(operand.codes, inverse)
 
 

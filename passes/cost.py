@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusekit.kernels.fp8_choice import LEAST_SIZE
-from fusekit.kernels.fp8_library import ACCUMULATIONS
+from fusekit.kernels import fp8_choice
+from fusekit.kernels.fp8_library import LIBRARY, Call
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.linear_cpu import multiplies
 from fusekit.kernels.op import LOW_PRECISION
@@ -55,9 +55,12 @@ GPUS = [
 
 
 # Measured on an H100 (benchmarks/results/fp8_layers_h100.json), by the recipe's scaling: the speed of FP8
-# products beside bf16's, and the bytes an element whose movement takes as long as its casts to both layouts.
-FP8_SPEED = {"tensor": 1.1, "row": 1.1, "block": 0.72, "mx": 0.26}
-FP8_LIBRARY_SPEED = {"tensor": 1.8, "row": 1.7}  # torch._scaled_mm's, where it is taken: fp8_choice.py
+# products beside bf16's, which attain LOW_ATTAINED of the peak, and the bytes an element whose movement takes
+# as long as its casts to both layouts. Of blocks the library's product, 1 x 128 by 128 x 128, was measured by
+# itself, and a layer is the sum of its parts.
+LOW_ATTAINED = 0.79
+FP8_SPEED = {"tensor": 1.1, "row": 1.1, "block": 0.75, "mx": 0.26}
+FP8_LIBRARY_SPEED = {"tensor": 1.8, "row": 1.7, "block": 1.6}  # torch._scaled_mm's, where it is taken
 FP8_CAST_BYTES = {"tensor": 8, "row": 10, "block": 8, "mx": 13}
 FP8_DELAYED_CAST_BYTES = 6  # the scale is known: one pass
 # Of bf16's forward pass, from more than 64 features on and without documents: of the compiled kernels (static
@@ -117,16 +120,21 @@ def emulates_fp8(value: Any) -> bool:
 def fp8_seconds(M: int, N: int, K: int, value: Any, recipe: Recipe) -> tuple[float, float]:
     """Forward and backward of a linear layer in bf16 and in FP8, the casts included."""
     device = device_of(value)
-    products = 6 * M * N * K / device.low
+    product = 2 * M * N * K / (LOW_ATTAINED * device.low)
     operands = M * K + N * K + M * N
     started = EAGER_OVERHEAD["cuda"]
-    speed = FP8_SPEED[recipe.scaling]
-    if min(M, N, K) >= LEAST_SIZE and recipe.accumulation in ACCUMULATIONS:
-        speed = FP8_LIBRARY_SPEED.get(recipe.scaling, speed)
+    calls = fp8_choice.calls((M, N, K), tensors_of(value)[0], torch.float32, recipe)
+    products = (3 - len(calls)) * product + sum(product / _fp8_speed(call) for call in calls.values())
     moved = FP8_DELAYED_CAST_BYTES if recipe.delayed else FP8_CAST_BYTES[recipe.scaling]
-    low = max(products, 3 * 2 * operands / device.bandwidth) + 3 * started
-    fp8 = max(products / speed, 3 * operands / device.bandwidth)
+    low = max(3 * product, 3 * 2 * operands / device.bandwidth) + 3 * started
+    fp8 = max(products, 3 * operands / device.bandwidth)
     return low, fp8 + operands * moved / device.bandwidth + 9 * started
+
+
+def _fp8_speed(call: Call) -> float:
+    """Beside bf16's, by whoever computes it: as measured here, or without a GPU as on one not measured."""
+    choice = fp8_choice.choose(call) if torch.cuda.is_available() else fp8_choice.unmeasured(call)
+    return (FP8_LIBRARY_SPEED if choice.name == LIBRARY else FP8_SPEED)[call.scaling]
 
 
 def why_fp8_does_not_pay(M: int, N: int, K: int, value: Any, recipe: Recipe) -> str | None:

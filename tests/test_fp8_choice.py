@@ -22,7 +22,7 @@ from fusekit.kernels.fp8_choice import choose, products
 from fusekit.kernels.fp8_format import Operand
 from fusekit.kernels.fp8_library import LIBRARY, Call, unfit
 from fusekit.kernels.launch import record
-from fusekit.kernels.recipe import Recipe
+from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.kernels.times_file import OWN
 
 E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
@@ -39,9 +39,28 @@ def h100(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None
     """An H100's sums, bit by bit, and an epilogue in float32."""
     left, right = (o.codes.view(d) for o, d in zip((a, b), call.dtypes[:2], strict=True))
     fast = call.accumulation == "fast"
-    sums = mmaemu.accumulate(left, right, use_fast_accum=fast, profile="hopper", splitk=1)
-    sums = sums * a.inverse.t() * b.inverse
+    if call.scaling == "block":
+        sums = sums_of_blocks(left, right, a.inverse, b.inverse)
+    else:
+        sums = mmaemu.accumulate(left, right, use_fast_accum=fast, profile="hopper", splitk=1)
+        sums = sums * a.inverse.t() * b.inverse
     output.copy_(sums if bias is None else sums + bias)
+
+
+def sums_of_blocks(left: Tensor, right: Tensor, a_inverse: Tensor, b_inverse: Tensor) -> Tensor:
+    """Each step's sum leaves the tensor core and is added in float32, times its scales."""
+    sums = torch.zeros(len(left), len(right))
+    for step, (a, b) in enumerate(zip(left.split(128, 1), right.split(128, 1), strict=True)):
+        rows = b_inverse[step].repeat_interleave(-(-len(right) // b_inverse.shape[1]))
+        product = mmaemu.accumulate(a, b, use_fast_accum=True, profile="hopper", splitk=1)
+        sums += product * a_inverse[step][:, None] * rows
+    return sums
+
+
+def shifts_steps(a: Operand, b: Operand, output: Tensor, *rest: Any) -> None:
+    """Reads scales of 128 x 128 as if each group of columns had as many steps as were not padded."""
+    padded = torch.nn.functional.pad(b.inverse.t(), (0, -b.inverse.shape[0] % 4)).flatten()
+    h100(a, Operand(b.codes, padded[: b.inverse.numel()].view_as(b.inverse.t()).t()), output, *rest)
 
 
 def never_promotes(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None = None) -> None:
@@ -86,6 +105,8 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(times_file, "device_name", lambda device: "test")
     monkeypatch.setattr(fp8_trial, "_outcomes", {})
     monkeypatch.setattr(fp8_trial, "SIZES", (16, 16, 1024))  # the emulation takes its time
+    monkeypatch.setattr(fp8_trial, "BLOCK_SIZES", (16, 256, 640))
+    monkeypatch.setattr(fp8_choice, "_failed", {})
     monkeypatch.setattr(fp8_library, "absent", lambda: None)
     monkeypatch.setattr(fp8_library, "run", h100)
     monkeypatch.setattr(fp8_choice, "own", h100)
@@ -105,6 +126,9 @@ KINDS = {
     "float16": {"dtypes": (E4M3, E4M3, torch.float16)},
     "rows": {"scaling": "row"},
     "bias": {"bias": BF16},
+    "blocks": {"scaling": "block", "square": True},
+    "blocks and bias": {"scaling": "block", "square": True, "bias": BF16},
+    "blocks, weight gradient": {"scaling": "block", "dtypes": (E4M3, E4M3, torch.float32)},
 }
 
 
@@ -123,6 +147,11 @@ def test_the_sums_of_an_h100_pass_the_trial(kind):
         (rounds_the_bias_away, "bias", "its error is"),
         (drops_nan, "output", "what must be NaN is not"),
         (drops_nan, "rows", "what must be NaN is not"),
+        (shifts_steps, "blocks", "its error is"),
+        (drops_nan, "blocks", "what must be NaN is not"),
+        (saturates, "blocks", "what must be infinite is not"),
+        (jitters, "blocks", "two runs of it differ"),
+        (fails, "blocks", "it fails: RuntimeError: no algorithm for this product"),
         (saturates, "float16", "what must be infinite is not"),
         (jitters, "output", "two runs of it differ"),
         (fails, "output", "it fails: RuntimeError: no algorithm for this product"),
@@ -140,7 +169,18 @@ def test_a_library_that_breaks_its_word_computes_nothing(monkeypatch, library, k
     "changes, reason",
     [
         ({"capability": (8, 0)}, "no FP8 tensor cores"),
-        ({"scaling": "block"}, "block scales"),
+        ({"capability": (10, 0), "scaling": "block"}, "block scales on another GPU than Hopper"),
+        ({"capability": (8, 9), "scaling": "block"}, "block scales on another GPU than Hopper"),
+        (
+            {"scaling": "block", "sizes": (2040, 1024, 4096)},
+            "block scales of rows that 16 does not divide",
+        ),
+        (
+            {"scaling": "block", "square": True, "sizes": (2048, 1040, 4096)},
+            "block scales of columns that 128 does not divide",
+        ),
+        ({"scaling": "block", "accumulation": "fp32"}, "fp32 sums"),
+        ({"scaling": "block", "epilogue": True}, "an activation"),
         ({"scaling": "mx"}, "mx scales"),
         ({"capability": (8, 9), "scaling": "row"}, "row scales before Hopper"),
         ({"accumulation": "fp32"}, "fp32 sums"),
@@ -177,6 +217,10 @@ def test_the_products_of_a_layer():
     }
     fast = products(*layer(recipe=dataclasses.replace(Recipe(), accumulation="fast").token()))
     assert [c.accumulation for c in fast.values()] == ["fast", "promote128", "promote128"]
+    blocks = products(*layer(recipe=dataclasses.replace(PRESETS["fp8-block"], accumulation="fast").token()))
+    assert [(c.accumulation, c.square) for c in blocks.values()] == [
+        ("promote128", True), ("promote128", True), ("promote128", False),
+    ]  # fmt: skip
     assert list(products(*layer(recipe="fp8-rowwise-bf16-wgrad"))) == ["output", "grad_input"]
 
 
@@ -185,7 +229,11 @@ def test_what_a_report_says_of_a_layer():
     assert fp8_choice.describe(*layer(act="gelu")) == (
         "output by own kernel: an activation; grad_input, grad_weight by _scaled_mm: static default on sm_90"
     )
-    assert fp8_choice.describe(*layer(recipe="fp8-block")) == "own kernel: block scales"
+    assert fp8_choice.describe(*layer(recipe="fp8-block")) == (
+        "output, grad_input by _scaled_mm: static default on sm_90; grad_weight by own kernel: not measured "
+        "against _scaled_mm: fusekit bench --tune does"
+    )
+    assert fp8_choice.describe(*layer(recipe="mxfp8")) == "own kernel: mx scales"
     assert linear_fp8.runs_on(*layer()) == "emulated"  # tensors of a CPU are never a library's
 
 
@@ -303,6 +351,64 @@ def test_the_call_is_one_that_torch_takes(scaling, monkeypatch):
             fp8_library.run(fake[0], narrow, output, asked)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._meta_registrations, "_check_scaled_mm_sizes_v2"), reason="this PyTorch checks on a GPU"
+)
+@pytest.mark.parametrize("square", [True, False])
+def test_the_call_of_blocks_is_one_that_torch_takes(square: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 steps of the contraction, which 4 does not divide, and scales that lie as it is told."""
+    monkeypatch.undo()
+    asked = call(sizes=(48, 256, 640), scaling="block", square=square)
+    a, b, _ = gaussian(asked)
+    handed = []
+
+    def checked(*args: Any, out: Tensor) -> Tensor:
+        handed.append(args)
+        left, right, a_scales, a_type, a_swizzle, b_scales, b_type, b_swizzle, bias, dtype = args
+        return torch._meta_registrations._check_scaled_mm_sizes_v2(
+            left, right, a_scales, a_type, b_scales, b_type, bias, dtype, a_swizzle, b_swizzle
+        )
+
+    monkeypatch.setattr(fp8_library, "aten", SimpleNamespace(_scaled_mm_v2=SimpleNamespace(out=checked)))
+    output = torch.empty(48, 256, dtype=BF16)
+    with pytest.raises(RuntimeError):
+        fp8_library.run(a, Operand(b.codes, b.inverse[:4]), output, asked)
+    fp8_library.run(a, b, output, asked)
+    _, _, (left,), left_type, _, (right,), right_type, *_ = handed[-1]
+    assert left_type == [4] and torch.equal(left, a.inverse.t()) and left.stride() == (1, 48)
+    assert left.data_ptr() == a.inverse.data_ptr()
+    if square:
+        assert right_type == [5] and right.shape == (8, 2) and right.stride() == (1, 8)
+        assert torch.equal(right[:5], b.inverse)
+    else:
+        assert right_type == [4] and right.data_ptr() == b.inverse.data_ptr()
+        assert right.shape == (256, 5) and right.stride() == (1, 256)
+
+
+def test_what_the_library_refuses_at_a_size_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kind whose trial it passed: training goes on, and the report says why."""
+
+    def refuses_wide(a: Operand, b: Operand, output: Tensor, *rest: Any) -> None:
+        if output.shape[1] == 128:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
+        h100(a, b, output, *rest)
+
+    monkeypatch.setattr(fp8_library, "run", refuses_wide)
+    who: list[str] = []
+    monkeypatch.setattr(fp8_gemm, "product", lambda *args, **settings: who.append(OWN))
+    monkeypatch.setattr(fp8_choice, "LEAST_SIZE", 16)
+    asked = call(sizes=(16, 128, 128), scaling="block", square=True)
+    a, b, _ = gaussian(asked)
+    recipe = Recipe(scaling="block", gradient=E4M3)
+    for _ in range(2):
+        output = torch.empty(16, 128, dtype=BF16)
+        fp8_choice.product(a, b, output, recipe, (E4M3, E4M3), contraction=128, square=True)
+    assert who == [OWN, OWN]
+    assert choose(asked).reason == (
+        "_scaled_mm: at this size it fails: RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED"
+    )
+
+
 def test_the_call_computes_what_ours_does(monkeypatch):
     """On a CPU, which has scales of tensors."""
     monkeypatch.undo()
@@ -345,7 +451,8 @@ def test_tuning_measures_what_training_meets(on_cpu):
     """`fusekit bench --tune` on tiny layers: each preset that leaves a choice."""
     out = io.StringIO()
     found = tune_fp8.run(
-        CPU, Console(file=out, width=200), layers=((32, 32, 48),), clock=clock(2e-4, 1e-4, 6)
+        CPU, Console(file=out, width=200), layers=((32, 32, 48),), clock=clock(2e-4, 1e-4, 7)
     )
-    assert set(found) == {"fp8-tensorwise 32x32x48", "fp8-rowwise 32x32x48"}
+    assert set(found) == {f"{name} 32x32x48" for name in ("fp8-tensorwise", "fp8-rowwise", "fp8-block")}
+    assert list(found["fp8-block 32x32x48"]) == ["grad_weight"]  # the others' columns are too few
     assert "output: _scaled_mm 100 µs, own kernel 200 µs" in out.getvalue()
