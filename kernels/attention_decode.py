@@ -184,7 +184,7 @@ def split(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Split:
     first, last = _seen(q.shape[-2], k.shape[-2], form)
     first -= first % block_n
     programs = k.shape[0] * k.shape[1] * -(-(q.shape[1] // k.shape[1] * q.shape[-2]) // block_m)
-    wanted = min(MOST_PARTS, max(1, PROGRAMS_PER_SM * _multiprocessors(q) // programs))
+    wanted = min(MOST_PARTS, max(1, PROGRAMS_PER_SM * multiprocessors(q) // programs))
     keys = -(-(last - first) // (wanted * block_n)) * block_n
     return Split(first, last, keys, -(-(last - first) // keys))
 
@@ -210,7 +210,7 @@ def _widest(q: Tensor, v: Tensor) -> int:
     return max(64, _padded(max(q.shape[-1], v.shape[-1])))
 
 
-def _multiprocessors(q: Tensor) -> int:
+def multiprocessors(q: Tensor) -> int:
     if recording():
         return config_table.load(config_table.target_of(capability(q))).sms
     return config_table.for_device(q.device.index or 0).sms

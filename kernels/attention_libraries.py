@@ -15,15 +15,15 @@ Whether a library keeps its word on this machine is tried once: attention_trial.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusekit.kernels import attention_packages as packages
 from fusekit.kernels.attention_form import Form
+from fusekit.kernels.attention_packages import width
 from fusekit.kernels.op import LOW_PRECISION
 
 aten = torch.ops.aten
@@ -67,12 +67,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, form: Form, most: int) -> str | None
         return "window"
     if form.causal and (form.offset != 0 or q.shape[-2] != k.shape[-2]):
         return "causal with an offset" if form.offset else "causal over lengths that differ"
-    return _width(q, most)
-
-
-def _width(q: Tensor, most: int) -> str | None:
-    features = q.shape[-1]
-    return f"heads of {features} features" if features % 8 or features > most else None
+    return width(q, most)
 
 
 def _ungrouped(q: Tensor, k: Tensor) -> str | None:
@@ -90,18 +85,6 @@ def _flash_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
 
 def _efficient_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
     return _ungrouped(q, k) or _plain(q, k, v, form, most=256)
-
-
-def _package_unfit(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
-    """flash-attn aligns the last query with the last key, and a window with both."""
-    aligned = form.offset == k.shape[-2] - q.shape[-2]
-    if form.is_banded and not (form.causal and aligned):
-        return "a window around its queries" if not form.causal else "an offset that is not the cache's"
-    if form.causal and not aligned:
-        return "causal over lengths that differ"
-    if form.causal and q.shape[-2] > k.shape[-2]:
-        return "queries before the first key"
-    return _width(q, most=256)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
@@ -146,17 +129,6 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
     return out, lse[..., : q.shape[-2]]  # padded to whole blocks of queries
 
 
-def _package(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Result:
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
-
-    window = (-1 if form.window is None else form.window - 1, 0 if form.window is not None else -1)
-    out, lse, _ = flash_attn_func(
-        *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=form.scale, causal=form.causal,
-        window_size=window, softcap=form.softcap or 0.0, return_attn_probs=True,
-    )  # fmt: skip
-    return out.transpose(1, 2), lse
-
-
 def _cudnn_absent() -> str | None:
     if not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
@@ -175,17 +147,12 @@ def _efficient_absent() -> str | None:
     return None if torch.backends.cuda.mem_efficient_sdp_enabled() else "switched off in torch.backends.cuda"
 
 
-@functools.cache
-def _package_absent() -> str | None:
-    if not torch.backends.cuda.is_built():
-        return "this PyTorch has no CUDA"
-    return None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed"
-
-
 # In the order in which they are preferred where nothing was measured.
 LIBRARIES = (
     Library("cuDNN", _cudnn_unfit, _cudnn, _cudnn_absent, _cudnn_gradient),
-    Library("flash-attn", _package_unfit, _package, _package_absent),
+    Library("flash-attn 4", packages.unfit_4, packages.run_4, packages.absent_4),
+    Library("flash-attn 3", packages.unfit, packages.run_3, packages.absent_3),
+    Library("flash-attn", packages.unfit, packages.run_2, packages.absent_2),
     Library("SDPA flash", _flash_unfit, _flash, _flash_absent),
     Library("SDPA memory-efficient", _efficient_unfit, _efficient, _efficient_absent),
 )

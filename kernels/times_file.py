@@ -112,7 +112,7 @@ def _path(suite: str, name: str) -> Path:
 @functools.cache
 def _versions() -> dict[str, str]:
     found = {"torch": str(torch.__version__)}
-    for package in ("triton", "flash-attn", "fusekit-compiler"):
+    for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "fusekit-compiler"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

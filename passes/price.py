@@ -17,7 +17,7 @@ from fusekit.kernels import FP8_OPS, attention, linear_fp8
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.op import LOW_PRECISION
 from fusekit.kernels.recipe import Recipe
-from fusekit.passes import cost, tf32
+from fusekit.passes import cost, decoding, tf32
 from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import Cost, bytes_of, device_of, node_cost, roofline
 from fusekit.passes.propagate import complete, faking, tensors_of
@@ -115,7 +115,11 @@ def _estimate(node: fx.Node) -> tuple[float, float]:
     fused = roofline(replaced.flops, moved, value, tf32=tf32.is_on(node))
     fusion.bytes_saved = max(0, replaced.bytes - moved)
     # One roofline is never above the sum of its parts: where it seems so, the model is wrong.
-    seconds = min(fused.seconds, replaced.seconds) + cost.FUSED_OVERHEAD[kind]
+    seconds = min(fused.seconds, replaced.seconds)
+    if fusion.op == "attention":
+        started_again = cost.EAGER_OVERHEAD[kind]
+        seconds = decoding.fused_seconds(_inputs(node)[0], fusion.implementation, seconds, started_again)
+    seconds += cost.FUSED_OVERHEAD[kind]
     if kind == "cpu":
         seconds += CPU_CALLS.get(fusion.op, 0) * cost.EAGER_OVERHEAD[kind]
     eager = replaced.seconds + started * cost.EAGER_OVERHEAD[kind]
@@ -175,7 +179,7 @@ def _replaced_cost(node: fx.Node) -> tuple[Cost, int]:
     if fusion.eager is None:
         return roofline(fusion.flops, bytes_of(_inputs(node)), node.meta["val"]), 1
     complete(fusion.eager, _inputs(node))
-    costs = [c for c in map(node_cost, fusion.eager.graph.nodes) if c.bytes]
+    costs = [decoding.eager_cost(n, c) for n in fusion.eager.graph.nodes if (c := node_cost(n)).bytes]
     return sum(costs, Cost()), len(costs)
 
 

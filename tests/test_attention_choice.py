@@ -31,6 +31,7 @@ from fusekit.kernels import (
     attention_choice,
     attention_launch,
     attention_libraries,
+    attention_packages,
     attention_times,
     attention_trial,
     cpu_library,
@@ -153,7 +154,10 @@ SEED = torch.tensor([3])
     ],
 )
 def test_the_own_kernel_keeps_what_torchs_libraries_do_not_compute(monkeypatch, settings, reason):
-    offer(monkeypatch, *(x._replace(absent=lambda: None) for x in LIBRARIES if x.name != "flash-attn"))
+    offer(
+        monkeypatch,
+        *(x._replace(absent=lambda: None) for x in LIBRARIES if not x.name.startswith("flash-attn")),
+    )
     q, k, v = heads(600), heads(600), heads(600)
     assert choose(q, k, v, form(q, k, v, **settings)) == (OWN, reason)
 
@@ -183,7 +187,7 @@ def test_a_field_that_nobody_here_knows_stays_with_the_own_kernel(monkeypatch):
 
 
 def test_what_flash_attn_takes(monkeypatch):
-    unfit = attention_libraries._package_unfit
+    unfit = attention_packages.unfit
     q, k, longer = heads(40), heads(40), heads(90)
 
     def why(k: Tensor, **settings: Any) -> str | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fusekit
-from fusekit.passes import price
+from fusekit.kernels import attention_choice
+from fusekit.passes import cost, decoding, price
 from fusekit.session import session
 
 transformers = pytest.importorskip("transformers")
@@ -99,6 +100,59 @@ def test_what_does_not_pay_is_left_as_it_was_with_the_same_tokens() -> None:
     fusekit.optimize(model)
     assert torch.equal(model.generate(**prompt(True), max_new_tokens=NEW), expected)
     assert len(session(model).regions) == 3 and not fusekit.explain(model).notes
+
+
+@pytest.fixture
+def priced_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites are priced as on a GPU, and run on the CPU; starts cost what they cost (conftest.py: nothing)."""
+    monkeypatch.setattr(cost, "EAGER_OVERHEAD", {"cuda": 6e-6})
+    monkeypatch.setattr(cost, "FUSED_OVERHEAD", {"cuda": 15e-6})
+    for module in (price, cost, decoding, attention_choice):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+
+
+@pytest.mark.parametrize("prompt_length, stays", [(2000, True), (300, False)])
+def test_decoding_stays_where_splitting_the_keys_pays(priced_for_a_gpu, prompt_length, stays) -> None:
+    """Eager's kernel for float32 has a program a head: 4 of a GPU's 132 multiprocessors read 2000 keys."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=2100, vocab_size=96, bos_token_id=1, eos_token_id=None
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    options = {
+        "input_ids": torch.randint(3, 96, (1, prompt_length)), "do_sample": False, "pad_token_id": 0,
+        "max_new_tokens": NEW,
+    }  # fmt: skip
+    expected = model.generate(**options)
+    fusekit.optimize(model)
+    assert torch.equal(model.generate(**options), expected)
+    fused = [f for f in fusekit.explain(model).fused if f.op == "attention" and f.shapes[0][2] == 1]
+    assert len(fused) == 4 * stays  # two layers, behind a cache of one length and of any
+    assert all(f.implementation.startswith("own decoding kernel: few queries") for f in fused)
+    gains = [f.estimated_gain for f in fused]
+    assert all(gain is not None and gain > 1.0 for gain in gains)
+
+
+@pytest.mark.parametrize(
+    "dtype, masked, queries, gain",
+    [
+        (torch.float32, False, 1, True),
+        (torch.bfloat16, True, 1, True),
+        (torch.bfloat16, False, 1, False),  # PyTorch's flash kernel splits the keys as well
+        (torch.bfloat16, True, 17, False),  # no decoding
+    ],
+)
+def test_what_eager_splits_is_not_credited(
+    priced_for_a_gpu, monkeypatch, dtype, masked, queries, gain
+) -> None:
+    monkeypatch.setattr(price, "LEAST_GAIN", 0.0)
+    model = fusekit.optimize(Cached().eval())
+    q, k = torch.randn(1, 4, queries, 64, dtype=dtype), torch.randn(1, 4, 4000, 64, dtype=dtype)
+    mask = torch.rand(1, 1, queries, 4000) < 0.9 if masked else None
+    with torch.no_grad():
+        model(q, k, k, mask)
+    (fusion,) = fusekit.explain(model).fused
+    assert (fusion.estimated_gain > 1.0) == gain
 
 
 class Cached(nn.Module):

@@ -51,7 +51,7 @@ def test_gives_the_ordinary_kernels_output_and_stats(dtype, taken, monkeypatch):
     """So that its backward kernels follow: the same two results, to their rounding."""
     q, k, v = heads(1, 3, 4, 64, dtype), heads(1, 150, 2, 64, dtype), heads(1, 150, 2, 64, dtype)
     for mask in (None, torch.randn(4, 3, 150).to("cuda", dtype)):
-        args = (q, k, v, mask, False, 0.125, 0.0, None, 0, False, None, 0, *[None] * 8, False)
+        args = (q, k, v, mask, False, 0.125, 0.0, None, 0, False, None, 0, *[None] * 8, False, True)
         split = torch.ops.fusekit.attention_forward(*args)
         with monkeypatch.context() as patch:
             patch.setattr(attention_decode, "takes", lambda *args: False)
