@@ -13,7 +13,7 @@ from pathlib import Path
 
 import fusekit
 from fusekit.gpt import GPTConfig
-from fusekit.train_config import PRECISIONS, PROVIDERS, TrainConfig
+from fusekit.train_config import PRECISIONS, PROVIDERS, TrainConfig, check_precision
 
 TRAIN_OPTIONS = {
     "steps": "optimizer steps, 60 with --compare",
@@ -27,7 +27,7 @@ TRAIN_OPTIONS = {
     "validate_every": "steps between validations; 0: only at the end",
     "validation_batches": "batches per validation",
     "checkpoint_every": "steps between checkpoints; 0: only at the end",
-    "precision_every": "with --precision auto: steps of its calibration, and between samples afterwards",
+    "precision_every": "with --precision auto or a plan: steps of a calibration, and between later samples",
     "log_every": "steps between log lines; 0: 1 on a CPU, 10 on a GPU",
 }
 MODEL_OPTIONS = {
@@ -57,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"fusekit {options.command}: {_sentence(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+
+
+def _precision(text: str) -> str:
+    try:
+        return check_precision(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _sentence(error: Exception) -> str:
@@ -136,8 +143,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--untied", action="store_true", help="the head has weights of its own (17.0 M by default)"
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="bf16", help="of matmuls and attention (default bf16)"
-    )
+        "--precision", type=_precision, default="bf16", metavar="NAME|PLAN",
+        help=f"of matmuls and attention: {', '.join(PRECISIONS)}, or a plan that auto made of the same model "
+        "(*.json) (default bf16)",
+    )  # fmt: skip
     parser.add_argument(
         "--hf-config", metavar="TYPE|PATH", help="a transformers model type (llama) or its config.json"
     )

@@ -1,9 +1,9 @@
 """The training loop: read `fit` and `train_step`, the rest are their parts.
 
-One run is a folder: checkpoint.pt, metrics.jsonl, loss.png, with precision "auto" precision.json. A run that
-was killed at any moment and resumed ends with the same bits as one that was not: the checkpoint holds
-weights, optimizer, loss scale, delayed FP8 scales, random generators, the position in the data and the step,
-and the levels of precision "auto"; everything else is a function of the configuration.
+One run is a folder: checkpoint.pt, metrics.jsonl, loss.png, with precision "auto" or a plan also
+precision.json. A run that was killed at any moment and resumed ends with the same bits as one that was not:
+the checkpoint holds weights, optimizer, loss scale, delayed FP8 scales, random generators, the position in
+the data and the step, and the levels of precision "auto"; all else is a function of the configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fusekit.plots import plot_losses
 from fusekit.precision_plan import PLAN_FILE
 from fusekit.precision_state import PrecisionState, precision_state
 from fusekit.session import auto_precision
-from fusekit.train_config import TrainConfig
+from fusekit.train_config import TrainConfig, is_plan
 
 # Settings that may differ between a checkpoint and the run that continues it.
 MAY_CHANGE = ("steps", "validate_every", "checkpoint_every", "log_every")
@@ -71,7 +71,7 @@ class Trainer:
         self.watch = watch or (lambda record: None)
         self.model = model.to(self.device).train()
         self.forward = provide(self.model, config, precision)
-        self.precision = auto_precision(self.model) if config.precision == "auto" else None
+        self.precision = auto_precision(self.model) if config.decides else None
         ours = config.provider == "fusekit"
         self.scales = precision_state(self.model) if ours else PrecisionState(None)
         self.optimizer = make_optimizer(self.model, config, self.device)
@@ -272,8 +272,10 @@ def provide(
         import fusekit
 
         every = config.precision_every
-        auto = fusekit.AutoPrecision(every=every, calibration=every)
-        named: Any = {"float32": "keep", "auto": auto}.get(config.precision, config.precision)
+        plan = config.precision if is_plan(config.precision) else None
+        named: Any = {"float32": "keep"}.get(config.precision, config.precision)
+        if config.decides:
+            named = fusekit.AutoPrecision(every=every, calibration=every, plan=plan)
         return fusekit.optimize(model, precision=precision or named)
     return model
 

@@ -7,7 +7,8 @@ it as it was. A copy is reused only if all of these hold:
 
   - the same Parameter, at the same address, with the same `_version`, and no `torch.optim` optimizer has
     stepped;
-  - gradients are being recorded, and the parameter takes part: inference casts on every call;
+  - gradients are being recorded, and the parameter takes part: inference casts on every call. FP8 codes have
+    rules of their own there: frozen.py;
   - its updates are known to be seen: an optimizer's step or a new `_version` has ended an earlier window. A
     loop that writes to `p.data` by hand never gets here, and casts on every call;
   - an accumulation window is open: `p.grad` is the tensor it was, untouched or added to by one backward pass,
@@ -36,6 +37,7 @@ from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.linear_fp8_cpu import WEIGHT
 from fusekit.passes import _compat
 from fusekit.passes.delayed import ModelScales
+from fusekit.passes.frozen import Held, elements_of, holds, may_hold
 from fusekit.passes.inputs import InputCast, InputOperand, InputScales
 
 Copied = InputCast | InputOperand
@@ -70,6 +72,7 @@ class _Copy:
     updates_seen: bool = False
     sample: Tensor | None = None
     idle_users: int = 0
+    held: Held | None = None  # of codes that serve without a window
 
     @property
     def low(self) -> Tensor:
@@ -107,7 +110,9 @@ def cast_parameters(
             continue
         parameter, copy = args[cast.source], cache.copies.get(cast.target)
         recorded = torch.is_grad_enabled() and parameter.requires_grad
-        if recorded and copy is not None and _is_fresh(copy, parameter, cache.sampled):
+        if copy is not None and (
+            _is_fresh(copy, parameter, cache.sampled) if recorded else _is_held(copy, parameter)
+        ):
             _open_window(copy, parameter)
             lows[cast.target] = copy.parts
         else:
@@ -161,6 +166,19 @@ def _is_fresh(copy: _Copy, parameter: Tensor, sampled: bool) -> bool:
     )
 
 
+def _is_held(copy: _Copy, parameter: Tensor) -> bool:
+    """Whether codes of a weight that takes no gradient in this call are still its own."""
+    return (
+        copy.held is not None
+        and copy.parameter() is parameter
+        and copy.address == parameter.data_ptr()
+        and copy.version == parameter._version
+        and copy.shape == parameter.shape
+        and holds(parameter, copy.updates_seen, copy.steps != _optimizer_steps)
+        and copy.held.serves(parameter, _optimizer_steps)
+    )
+
+
 def _in_window(copy: _Copy, grad: Tensor | None) -> bool:
     if grad is None or not copy.updates_seen:
         return False
@@ -185,14 +203,16 @@ def _refresh(
     for cast in stale:
         parameter, copy = args[cast.source], cache.copies.get(cast.target)
         kept = torch.is_grad_enabled() and parameter.requires_grad and not paused
+        held = not kept and isinstance(cast, InputOperand) and may_hold(parameter, scales is not None)
         if isinstance(cast, InputOperand):
             made[cast.target] = _quantise(cast, parameter, scales)
         elif kept and copy is not None and _can_overwrite(copy, parameter):
             made[cast.target] = copy.parts
         else:
             made[cast.target] = (torch.empty_like(parameter, dtype=cast.dtype, requires_grad=False),)
-        if kept:
-            cache.copies[cast.target] = _record(copy, parameter, made[cast.target])
+        if kept or held:
+            cache.copies[cast.target] = new = _record(copy, parameter, made[cast.target])
+            new.held = _held(copy, parameter) if held else None
     if casts:
         with torch.no_grad():
             lows = [made[cast.target][0] for cast in casts]
@@ -202,12 +222,16 @@ def _refresh(
 
 
 def _quantise(cast: InputOperand, parameter: Tensor, scales: ModelScales | None) -> tuple[Tensor, ...]:
-    weight = parameter.detach()
     scale, amax = (None, None) if scales is None else scales.layer(parameter)
-    return fp8_operand(
-        weight.t() if cast.transposed else weight, cast.recipe, WEIGHT, cast.dtype, True, cast.turned, scale,
-        amax,
-    )  # fmt: skip
+    with torch.inference_mode(False), torch.no_grad():  # codes may serve under another mode
+        weight = parameter.t() if cast.transposed else parameter.detach()
+        return fp8_operand(weight, cast.recipe, WEIGHT, cast.dtype, True, cast.turned, scale, amax)
+
+
+def _held(copy: _Copy | None, parameter: Tensor) -> Held:
+    if copy is None or copy.held is None or copy.parameter() is not parameter:
+        return Held(elements_of(parameter).clone(), _optimizer_steps)
+    return copy.held.renewed(parameter, _optimizer_steps)
 
 
 def _record(copy: _Copy | None, parameter: Tensor, parts: tuple[Tensor, ...]) -> _Copy:

@@ -54,6 +54,41 @@ def test_train_with_fusekit(capsys, tmp_path, text):
     assert run(capsys, "train", *options)[0] == 0
 
 
+def test_a_plan_of_one_run_is_followed_by_another(capsys, tmp_path, text):
+    fusekit = [*EAGER, "--provider=fusekit", "--data", text]
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--precision=auto", "--precision-every=2", "--out", first]
+    assert run(capsys, "train", *fusekit, *options)[0] == 0
+    plan = json.loads((first / "precision.json").read_text())
+    for product in plan["layers"]["blocks.0.expand"]["products"].values():
+        product |= {"level": 2, "reason": "planted"}
+    kept = tmp_path / "plan.json"
+    kept.write_text(json.dumps(plan))
+    given = ["--precision", kept, "--out", second]
+    assert run(capsys, "train", *fusekit, *given)[0] == 0
+    rows = json.loads(run(capsys, "precision", second, "--json")[1])
+    bf16 = {row["layer"] for row in rows if row["level"] == "bf16"}
+    assert bf16 == {"blocks.0.expand"} and {"planted"} <= {row["reason"] for row in rows}
+    assert run(capsys, "train", *fusekit, *given, "--steps=6", "--resume")[0] == 0
+    assert run(capsys, "explain", *TINY, "--precision", kept)[0] == 0
+
+
+def test_a_plan_that_does_not_fit_is_refused(capsys, tmp_path, text):
+    fusekit = [*EAGER, "--provider=fusekit", "--data", text, "--out", tmp_path / "run"]
+    first = tmp_path / "first"
+    assert run(capsys, "train", *fusekit[:-1], first, "--precision=auto", "--precision-every=2")[0] == 0
+    given = [*fusekit, "--precision", first / "precision.json"]
+    code, _, errors = run(capsys, "train", *given, "--width=32")
+    assert_sentence(code, errors, "made for another model than this GPT", "300×32 and was 300×16")
+    code, _, errors = run(capsys, "train", *given, "--provider=eager")
+    assert_sentence(code, errors, "is fusekit's own")
+    code, _, errors = run(capsys, "train", *fusekit, "--precision", tmp_path / "none.json")
+    assert_sentence(code, errors, "none.json cannot be read")
+    (tmp_path / "other.json").write_text('{"format": "another"}')
+    code, _, errors = run(capsys, "train", *fusekit, "--precision", tmp_path / "other.json")
+    assert_sentence(code, errors, "is no precision plan of fusekit")
+
+
 def test_train_a_hugging_face_model(tmp_path, text):
     pytest.importorskip("transformers")
     command = [sys.executable, "-P", "-m", "fusekit", "train", *EAGER, "--hf-config=llama"]
@@ -104,7 +139,8 @@ def test_unknown_commands_and_choices_exit_with_2(capsys):
         with pytest.raises(SystemExit) as error:
             main(arguments)
         assert error.value.code == 2
-    assert "invalid choice" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "invalid choice" in errors and "or a plan file (*.json); got 'fp3'" in errors
 
 
 def test_an_unforeseen_error_is_one_line_too(capsys, monkeypatch):
