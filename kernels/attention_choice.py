@@ -18,6 +18,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,13 @@ def choose(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Choice:
     strides = tuple(x.stride(-1) == 1 for x in (q, k, v))
     call = (q.dtype, q.device, q.shape, k.shape, v.shape, strides, settings, absent)
     return _plans(call, lambda: _decide(q, k, v, form, absent))
+
+
+def state() -> tuple[Any, ...]:
+    """What decides, besides a call's arguments, who computes it; measured times aside."""
+    cuda = torch.backends.cuda
+    switches = cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+    return _forced.library, *switches
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
