@@ -124,6 +124,9 @@ def a_gpu() -> Iterator[Machine]:
                 patch.setattr(module, "on_gpu", lambda x: True)
             if name.startswith("fusekit.kernels") and callable(getattr(module, "launch", None)):
                 patch.setattr(module, "launch", machine.launch)
+            if name.startswith("fusekit.kernels"):  # what was compiled on another machine
+                for plans in (x for x in vars(module).values() if isinstance(x, launch.Plans)):
+                    patch.setattr(plans, "held", {})
         patch.setattr(config_table, "for_device", lambda index: table)
         patch.setattr(launch, "current", lambda: (0, 0))
         patch.setattr(tape_watch, "_allocator", lambda device: machine.allocate)

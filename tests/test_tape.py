@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fusekit.kernels import OPS, tape, tape_watch
+from fusekit.kernels import OPS, add_layer_norm, launch, linear_act, linear_gpu, tape, tape_watch, times_file
 from fusekit.kernels._triton import HAS_TRITON
 from tests.tape_checks import Machine, a_gpu
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 DTYPES = (torch.bfloat16, torch.float32)
+fusekit = torch.ops.fusekit
 
 
 def fresh(x: Any) -> Any:
     """A copy in memory of its own, laid out and aligned alike."""
     if not isinstance(x, Tensor):
         return [fresh(item) for item in x] if isinstance(x, list) else x
-    memory = x.untyped_storage().nbytes() // x.element_size()
-    copy = torch.empty(memory, dtype=x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
-    with torch.no_grad():
-        copy.copy_(x)
-    return copy.requires_grad_(x.requires_grad)
+    memory = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
+    memory.untyped_storage().copy_(x.untyped_storage())
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
 
 
 def results_of(op: Any, args: Any) -> list[Tensor]:
@@ -66,3 +66,238 @@ def test_a_tape_does_what_the_op_does(name: str, dtype: torch.dtype) -> None:
             args = [fresh(x) for x in sample.args]
             assert does(machine, op, args, True) == does(machine, op, args, False), sample.name
     assert played
+
+
+M, K, N = 32, 64, 48
+
+
+def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    return torch.randn(M, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers, one element behind where 16 bytes load at once."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+def test_only_calls_of_one_kind_share_a_tape() -> None:
+    x, weight = operands()
+    bias, residual = torch.randn(N).to(x.dtype), torch.randn(M, N).to(x.dtype)
+    kinds: list[tuple[Any, ...]] = [
+        (x, weight),
+        operands(torch.float16),
+        operands(torch.float32),
+        (*operands(torch.float32), None, None, "none", True),  # tf32
+        (x[:16], weight),
+        (x, torch.randn(N + 1, K).to(x.dtype)),
+        (x.t().contiguous().t(), weight),
+        (x, weight.t().contiguous().t()),
+        (shifted(x), weight),
+        (x, shifted(weight)),
+        (x, weight, bias),
+        (x, weight, None, residual),
+        (x, weight, bias, shifted(residual)),
+        (x, weight, bias, residual.t().contiguous().t()),
+        (x, weight, None, None, "relu"),
+        (x, weight, None, None, "silu"),
+        (x.view(4, 8, K), weight),
+    ]
+    op = OPS["linear_act"]
+    with a_gpu() as machine, torch.no_grad():
+        for number, args in enumerate(kinds):
+            for _ in range(3):
+                op.fused(*args)
+            assert tapes() == number + 1
+        for args in reversed(kinds):
+            again = [fresh(x) for x in args]
+            assert does(machine, op, again, True) == does(machine, op, again, False)
+        assert tapes() == len(kinds)
+
+
+def test_what_was_one_tensor_may_be_two() -> None:
+    """x + mlp(x) is watched with one tensor in both places."""
+    op = OPS["linear_act"]
+    x, weight = torch.randn(M, N).bfloat16(), torch.randn(N, N).bfloat16()
+    with a_gpu() as machine:
+        for _ in range(3):
+            op.fused(x, weight, None, x)
+        args = [fresh(x), weight, None, fresh(x)]
+        assert does(machine, op, args, True) == does(machine, op, args, False)
+        with machine.logging(args, True) as log:
+            op.fused(*args)
+        assert log.entries[0][2][0] != log.entries[0][2][4]  # a_ptr and residual_ptr
+        assert tapes() == 1
+
+
+def test_the_switch_for_tf32_is_part_of_the_kind() -> None:
+    args = operands(torch.float32)
+    with a_gpu(), torch.no_grad():
+        for expected, on in enumerate((False, True), 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(linear_gpu, "use_tf32", lambda x, tf32, on=on: on)
+                for _ in range(3):
+                    fusekit.linear_act(*args)
+            assert tapes() == expected
+
+
+def test_a_first_call_is_noted_a_second_watched_a_third_played() -> None:
+    args = operands()
+    with a_gpu() as machine, torch.no_grad():
+        found = []
+        for _ in range(4):
+            fusekit.linear_act(*args)
+            found.append((machine.bound, machine.starts, tapes()))
+    assert found == [(1, 1, 0), (2, 2, 1), (2, 3, 1), (2, 4, 1)]
+
+
+def test_results_are_new_each_time() -> None:
+    args = operands()
+    with a_gpu(), torch.no_grad():
+        results = [fusekit.linear_act(*args) for _ in range(5)]
+    assert len({y.data_ptr() for y in results}) == 5
+
+
+def test_bad_input_is_refused_though_there_is_a_tape() -> None:
+    x, weight = operands()
+    q, table = torch.randn(1, 2, 8, 16).bfloat16(), torch.randn(1, 1, 8, 16).bfloat16()
+    with a_gpu(), torch.no_grad():
+        for _ in range(3):
+            fusekit.linear_act(x, weight)
+            fusekit.rope(q, table, table.clone())
+        assert tapes() == 2
+        with pytest.raises(ValueError, match="linear_act: x .* differ in input features"):
+            fusekit.linear_act(x, weight[:, :-1])
+        with pytest.raises(ValueError, match="linear_act: .*weight is"):
+            fusekit.linear_act(x, weight.half())
+        with pytest.raises(ValueError, match="rope: cos and sin need a gradient"):
+            fusekit.rope(q, table.clone().requires_grad_(), table)
+
+
+class Wrapped(Tensor):
+    pass
+
+
+def unplayed(taped: tape.Taped, args: tuple[Any, ...]) -> bool:
+    return taped.played(args) is None
+
+
+def test_tensors_that_are_not_plain_are_never_played() -> None:
+    x, weight = operands()
+    args = (x, weight, None, None, "none", False, False)
+    with a_gpu() as machine, torch.no_grad():
+        for _ in range(3):
+            linear_act.forward_op(*args)
+        taped = linear_act.forward_op.taped
+        assert taped.played(args) is not None
+        assert unplayed(taped, (x.as_subclass(Wrapped), *args[1:]))
+        assert unplayed(taped, (torch._neg_view(x), *args[1:]))
+        assert unplayed(taped, (torch._efficientzerotensor(x.shape, dtype=x.dtype), *args[1:]))
+
+
+def test_nobody_who_listens_misses_a_call() -> None:
+    asked: list[Any] = []
+    x, weight = operands()
+    args = (x, weight, None, None, "none", False, False)
+    with a_gpu() as machine, torch.no_grad():
+        for _ in range(3):
+            linear_act.forward_op(*args)
+        taped = linear_act.forward_op.taped
+        with torch.utils._python_dispatch.TorchDispatchMode():
+            assert unplayed(taped, args)
+        torch.func.vmap(lambda t: asked.append(taped.played(args)) or t)(torch.zeros(2))
+        assert asked == [None]
+        with launch.record():
+            assert unplayed(taped, args)
+        for name in ("launch_enter_hook", "launch_exit_hook"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(launch.triton.knobs.runtime, name, SimpleNamespace(calls=[print]))
+                assert unplayed(taped, args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "current", lambda: (1, 0))  # another device is the current one
+            assert unplayed(taped, args)
+        assert not unplayed(taped, args)
+
+
+def test_what_reads_a_value_is_run_each_time() -> None:
+    calls = []
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(float(x.sum()))
+        return x + calls[-1]
+
+    taped = tape.Taped(run)
+    try:
+        with a_gpu():
+            for number in range(1, 5):
+                assert taped(torch.full((4,), float(number))).tolist() == [5.0 * number] * 4
+        assert calls == [4.0, 8.0, 12.0, 16.0]
+    finally:
+        tape._every.remove(taped)
+
+
+def test_operators_of_pytorch_are_played_on_the_calls_own_tensors() -> None:
+    """Views, copies, writes in place and several results, of other values each time."""
+    written = torch.zeros(3)
+
+    def run(x: Tensor, total: Tensor) -> tuple[Tensor, list[Tensor]]:
+        calls.append(1)
+        top, index = x.t()[1:].contiguous().max(0)
+        total += top[:3]
+        empty = x.new_empty(2, 2)
+        empty.copy_(x[:2, :2])
+        return top, [index, empty.t()]
+
+    calls: list[int] = []
+    taped = tape.Taped(run)
+    try:
+        with a_gpu():
+            for _ in range(4):
+                x, before = torch.randn(4, 5), written.clone()
+                top, (index, corner) = taped(x, written)
+                assert torch.equal(top, x[:, 1:].max(1).values) and torch.equal(index, x[:, 1:].max(1).indices)
+                assert torch.equal(written, before + top[:3]) and torch.equal(corner, x[:2, :2].t())
+        assert len(calls) == 2
+    finally:
+        tape._every.remove(taped)
+
+
+def test_measured_times_make_ops_choose_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(times_file, "_path", lambda suite, name: tmp_path / "times.json")
+    args = operands()
+    with a_gpu(), torch.no_grad():
+        for _ in range(3):
+            fusekit.linear_act(*args)
+        assert tapes() == 1
+        times_file.record("attention", torch.device("cpu"), "any", {"own kernel": 1.0})
+        assert tapes() == 0
+
+
+def test_sizes_that_never_come_again_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "MOST_TAPES", 3)
+    x, weight = operands()
+    with a_gpu(), torch.no_grad():
+        for rows in range(1, 9):
+            for _ in range(3):
+                fusekit.linear_act(x[:rows], weight)
+            taped = linear_act.forward_op.taped
+            assert len(taped.tapes) <= 3 and len(taped.noted) <= 3
+
+
+def test_a_backward_pass_of_saved_tensors_from_elsewhere_is_another_kind() -> None:
+    """An offloader may give back what it was given in other memory, aligned otherwise."""
+    x, residual = (torch.randn(4, 8, 65).bfloat16().requires_grad_() for _ in range(2))
+    weight = torch.ones(65).bfloat16().requires_grad_()
+    backward = add_layer_norm._backward.taped
+
+    def step() -> None:
+        y, h = fusekit.add_layer_norm(x, residual, weight, None, 1e-5)
+        (y + h).sum().backward()
+
+    with a_gpu():
+        for _ in range(3):
+            step()
+        found = len(backward.tapes)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, shifted):
+            for _ in range(3):
+                step()
+        assert len(backward.tapes) == found + 1
