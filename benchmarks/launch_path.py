@@ -2,12 +2,12 @@
 
     python -m benchmarks.launch_path --out benchmarks/results/launch_path.json [--ops mlp attention]
 
-What a small model pays on a GPU is what the host takes to hand it its kernels. Each op is called as a training
-step calls it, with tensors that require gradients, then differentiated; tensors are so small that their sizes
-take no time. Without a GPU Triton's launcher calls a stub of the driver (driver_stub.py): process time of one
-thread, PyTorch's CPU allocator, and of the driver nothing. On a GPU: time until the host is through, with
-everything. Figures are the least of several rounds, in microseconds a call. Eager layers on the same machine
-are the scale: they compute what they compute, which at these sizes is little.
+What a small model pays on a GPU is what the host takes to hand it its kernels. Each op is called as a
+training step calls it, with tensors that require gradients, then differentiated; tensors are so small that
+their sizes take no time. Without a GPU Triton's launcher calls a stub of the driver (driver_stub.py): process
+time of one thread, PyTorch's CPU allocator, and of the driver nothing. On a GPU: time until the host is
+through, with everything. Figures are the least of several rounds, in microseconds a call. Eager layers on the
+same machine are the scale; what they compute is in their figures on a CPU.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch import Tensor
 from fusekit.kernels import norm_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.norm_launch import empty_grads, empty_outputs, start_backward, start_forward
 from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.row_reduction import (
@@ -226,7 +226,7 @@ _backward = define(
 )
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float

@@ -33,7 +33,7 @@ from fusekit.kernels.attention_form import TENSORS, Form, dense, pairs, rows_of
 from fusekit.kernels.attention_samples import samples
 from fusekit.kernels.attention_supports import supports
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op
 
 
@@ -199,7 +199,7 @@ _SLOPES = Form._fields.index("slopes")
 _TENSORS = tuple(Form._fields.index(name) for name in TENSORS)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
         out, stats = _forward_op(q, k, v, *settings)

@@ -34,7 +34,13 @@ from fusekit.kernels import feed_forward_cpu, feed_forward_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.hidden_form import PACKED, parts
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, is_last_backward, refuse_double_backward, saves_through_hooks
+from fusekit.kernels.library import (
+    Function,
+    define,
+    is_last_backward,
+    refuse_double_backward,
+    saves_through_hooks,
+)
 from fusekit.kernels.linear_act import _optional_rows, _rows, _shape
 from fusekit.kernels.linear_cpu import mixes
 from fusekit.kernels.linear_gpu import asks_tf32
@@ -201,7 +207,7 @@ backward_over_saved_op = define(
 )
 
 
-class _FeedForward(torch.autograd.Function):
+class _FeedForward(Function):
     @staticmethod
     def forward(
         ctx: Any,

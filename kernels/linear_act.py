@@ -37,7 +37,7 @@ from torch import Tensor
 from fusekit.kernels import linear_cpu, linear_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.linear_gpu import asks_tf32, share_rows  # noqa: F401
 from fusekit.kernels.linear_gpu import dact as _dact  # noqa: F401
 from fusekit.kernels.linear_gpu import use_tf32 as _use_tf32  # noqa: F401
@@ -154,7 +154,7 @@ backward_op = define(
 )
 
 
-class _LinearAct(torch.autograd.Function):
+class _LinearAct(Function):
     @staticmethod
     def forward(
         ctx: Any,

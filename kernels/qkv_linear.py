@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.linear_act import _rows, _shape
 from fusekit.kernels.linear_cpu import mixes, multiplies
 from fusekit.kernels.linear_gpu import asks_tf32, use_tf32, weight_gradients
@@ -198,7 +198,7 @@ backward_op = define(
 )
 
 
-class _QkvLinear(torch.autograd.Function):
+class _QkvLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         weights, biases, ctx.tf32 = list(rest[:3]), list(rest[3:6]), rest[6]

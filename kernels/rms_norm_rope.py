@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample
 from fusekit.kernels.rope import tables
 from fusekit.kernels.rotation import (
@@ -144,7 +144,7 @@ _backward_op = define(
 )
 
 
-class _RMSNormRope(torch.autograd.Function):
+class _RMSNormRope(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *settings: Any

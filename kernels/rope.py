@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample
 from fusekit.kernels.rotation import (
     dense,
@@ -79,7 +79,7 @@ def _forward(
     return _turn(x, cos, sin, interleaved, turned_features(cos, rotary), rows_of(x).order, False)
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rotary: int | None

@@ -26,8 +26,8 @@ CONSTANTS = (int, bool, str, type(None))  # that are written as they are; others
 
 
 class Tape(NamedTuple):
-    """play: play(addresses of the call's tensors, stream, its arguments) does the call and returns its results.
-    device: on which the kernels were compiled, and may be started. source: of play, to read."""
+    """play: play(addresses of the call's tensors, stream, its arguments) does the call and returns the
+    results. device: on which the kernels were compiled, and may be started. source: of play, to read."""
 
     play: Callable[[list[int], int, tuple[Any, ...]], Any]
     device: int
@@ -203,9 +203,9 @@ class _Writer:
 
     def _last_uses(self, returned: Any) -> dict[int, int]:
         """The step behind which a slot can be let go; of what is returned one that never comes."""
-        last = {self.watch.places[id(x)].slot: n for n, s in enumerate(self.watch.steps) for x in self._read(s)}
-        end = len(self.watch.steps)
-        return last | {self.watch.places[id(x)].slot: end for x in tensors_in([returned])}
+        places, steps = self.watch.places, self.watch.steps
+        last = {places[id(x)].slot: n for n, step in enumerate(steps) for x in self._read(step)}
+        return last | {places[id(x)].slot: len(steps) for x in tensors_in([returned])}
 
     def _start(self, start: Start, args: tuple[Any, ...]) -> None:
         handles = [*map(str, start.grid), "stream", self.constant(start.function),
