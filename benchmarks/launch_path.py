@@ -100,7 +100,7 @@ def timed(call: Call, device: torch.device, launches: Callable[[], int]) -> Time
         grads = [torch.ones_like(y) for y in outputs]
         torch.autograd.backward(outputs, grads)
         counts[2] = launches()
-    best = [float("inf"), float("inf")]
+    forward_time = backward_time = float("inf")
     for _ in range(ROUNDS):
         wait()
         started = clock()
@@ -111,9 +111,9 @@ def timed(call: Call, device: torch.device, launches: Callable[[], int]) -> Time
         began = clock()
         for outputs in kept:
             torch.autograd.backward(outputs, grads)
-        times = called - started, clock() - began
-        best = [min(b, t / CALLS * 1e6) for b, t in zip(best, times, strict=True)]
-    return Timed(*best, counts[1] - counts[0], counts[2] - counts[1])
+        forward_time = min(forward_time, (called - started) / CALLS * 1e6)
+        backward_time = min(backward_time, (clock() - began) / CALLS * 1e6)
+    return Timed(forward_time, backward_time, counts[1] - counts[0], counts[2] - counts[1])
 
 
 def measure(names: list[str] | None = None) -> dict[str, Timed]:

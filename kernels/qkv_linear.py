@@ -178,7 +178,8 @@ def _backward(grads: Three, x: Tensor | None, weights: Three, tf32: bool, needs:
 
 
 def _check(x: Tensor, weights: Three, biases: Biases, tf32: bool) -> None:
-    reason = supports(x, *weights, *biases, tf32)
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = weights, biases
+    reason = supports(x, w_q, w_k, w_v, b_q, b_k, b_v, tf32)
     if reason is not None:
         raise ValueError(f"qkv_linear: {reason}")
 

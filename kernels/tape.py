@@ -96,6 +96,8 @@ class Taped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Play the call or run it, and watch it where it comes for the second time."""
+        if self.tapes and not kwargs and (found := self.played(args)) is not None:
+            return found
         first = _first_tensor(args)
         if first is None or not launch.on_gpu(first):
             return self.run(*args, **kwargs)
