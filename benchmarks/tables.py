@@ -262,8 +262,8 @@ def launch_path() -> str:
         kernels = f"{op['forward_kernels']}, {op['backward_kernels']}" if op["forward_kernels"] else ""
         rows.append((f"`{name}`", f"{op['forward']:.0f}", f"{op['backward']:.0f}", kernels))
     title = (
-        f"Host µs of a call and of its backward pass, {found['where']} ({machine.get('cpu')}, one thread, torch "
-        f"{machine.get('torch')}, Triton {machine.get('triton')}, commit {machine.get('commit')}):\n\n"
+        f"Host µs of a call and of its backward pass, {found['where']} ({machine.get('cpu')}, one thread, "
+        f"torch {machine.get('torch')}, Triton {machine.get('triton')}, commit {machine.get('commit')}):\n\n"
     )
     return title + _table(("op", "forward", "backward", "kernels"), rows)
 

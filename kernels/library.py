@@ -14,11 +14,9 @@ from torch import Tensor
 
 from fusekit.kernels.launch import recording
 from fusekit.kernels.tape import Taped
+from fusekit.kernels.tape_watch import without_autocast
 
 LIBRARY = torch.library.Library("fusekit", "DEF")
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
 
 
 def define(
@@ -51,16 +49,10 @@ def define(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=tags)
 
-    def run_without_autocast(*args: Any, **kwargs: Any) -> Any:
-        # A backward pass inside `with autocast` would cast the float32 matmuls within the op.
-        if not torch._C._is_any_autocast_enabled():
-            return run(*args, **kwargs)
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return run(*args, **kwargs)
-
-    taped = Taped(run_without_autocast, depends) if autograd is None else None
+    plainly = without_autocast(run)
+    taped = Taped(plainly, depends) if autograd is None else None
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, taped or run_without_autocast, key)
+        LIBRARY.impl(name, taped or plainly, key)
 
     def fake_or_record(*args: Any, **kwargs: Any) -> Any:
         return (run if recording() else fake)(*args, **kwargs)

@@ -23,6 +23,21 @@ VIEWS_BY_ANOTHER_SCHEMA = ("aten::_unsafe_view", "aten::_reshape_alias")
 # What such operators return depends on values, or they make another tensor of one that is there.
 UNPLAYABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
 CONSTANTS = (int, bool, str, type(None))  # that are written as they are; others get a name
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, also within autocast: a backward pass there would cast the float32 matmuls within an op."""
+
+    def plainly(*args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return run(*args, **kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return run(*args, **kwargs)
+
+    return plainly
 
 
 class Tape(NamedTuple):
@@ -175,7 +190,9 @@ class _Writer:
             self.lines.insert(1, f"    tensors = {self.constant(tensors_in)}(args)")
         source = "\n".join(self.lines)
         exec(source, self.names)
-        return Tape(self.names["play"], launch.current()[0], source)
+        calls = any(isinstance(step, Called) for step in watch.steps)
+        play = without_autocast(self.names["play"]) if calls else self.names["play"]
+        return Tape(play, launch.current()[0], source)
 
     def _whole(self, returned: Any) -> dict[int, Tensor]:
         """Of buffers that are returned in full, once: how. They are allocated so, and need no view."""

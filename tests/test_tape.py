@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,6 +262,36 @@ def test_operators_of_pytorch_are_played_on_the_calls_own_tensors() -> None:
         assert len(calls) == 2
     finally:
         tape._every.remove(taped)
+
+
+def test_autocast_casts_nothing_within_an_op() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    taped = tape.Taped(tape_watch.without_autocast(lambda x, weight: x @ weight))
+    try:
+        with a_gpu(), torch.autocast("cpu", torch.bfloat16):
+            results = [taped(x, weight) for _ in range(4)]
+            assert tapes() == 1
+        with torch.no_grad():
+            assert all(torch.equal(y, x @ weight) for y in results)
+    finally:
+        tape._every.remove(taped)
+
+
+def test_an_op_computes_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = operands()
+    current = []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        yield
+
+    with a_gpu(), torch.no_grad():
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device", device)
+        fusekit.linear_act(x, weight)
+        assert current == [x.device]
 
 
 def test_measured_times_make_ops_choose_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
