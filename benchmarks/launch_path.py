@@ -1,199 +1,153 @@
-"""Host time of the matrix-product ops from graph to launch, on a CPU: the driver's part is nothing.
+"""Host time of the ops from their call to the driver, forward and backward, without a GPU or on one.
 
-    python -m benchmarks.launch_path --out benchmarks/results/launch_path.json
+    python -m benchmarks.launch_path --out benchmarks/results/launch_path.json [--ops mlp attention]
 
-Tensors are on the CPU and the ops are told that they are on a GPU; Triton's own binder is left out from the
-second start on, as on a GPU, and what it would hand to the driver goes to a function that returns. Reported
-are medians of process time. An op's own time is what a call takes beyond one of an op of the same schema
-that makes the results and computes nothing: PyTorch's dispatch and allocation. The aim is 10 µs for every
-kernel that an op starts.
+What a small model pays on a GPU is what the host takes to hand it its kernels. Each op is called as a
+training step calls it, with tensors that require gradients, then differentiated; tensors are so small that
+their sizes take no time. Without a GPU Triton's launcher calls a stub of the driver (driver_stub.py): process
+time of one thread, PyTorch's CPU allocator, and of the driver nothing. On a GPU: time until the host is
+through, with everything. Figures are the least of several rounds, in microseconds a call. Eager layers on the
+same machine are the scale; what they compute is in their figures on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results_file import environment, write_results
-from fusekit.kernels import (
-    config_table,
-    feed_forward,
-    feed_forward_gpu,
-    gated_gemm,
-    gemm,
-    launch,
-    linear_act,
-    linear_gpu,
-    qkv_gemm,
-    qkv_linear,
-)
 
-CALLS = 200
+CALLS = 50
 ROUNDS = 15
-PLANS = (gemm._plans, gemm._sums, linear_gpu._dacts, feed_forward_gpu._hidden_passes, gated_gemm._plans,
-         qkv_gemm._plans)  # fmt: skip
-M, K, N = 256, 512, 1024
-
-
-class Compiled:
-    """Stands for what Triton compiled: started, it counts."""
-
-    packed_metadata = ()
-    starts = 0
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def start(*args: Any) -> None:
-            Compiled.starts += 1
-
-        return start
-
-
-@contextmanager
-def stubbed() -> Iterator[None]:
-    """The ops take their GPU path, with the table of sm_90, and no kernel starts."""
-    table = config_table.load("sm_90")
-    with ExitStack() as stack:
-        for module in (linear_act, feed_forward, qkv_linear):
-            stack.enter_context(mock.patch.object(module, "on_gpu", lambda x: True))
-        stack.enter_context(mock.patch.object(config_table, "for_device", lambda index: table))
-        stack.enter_context(mock.patch.object(launch, "launch", lambda *args, **meta: Compiled()))
-        for plans in PLANS:
-            stack.enter_context(mock.patch.dict(plans.held, clear=True))
-        yield
-
-
-def microseconds(call: Callable[[], Any]) -> float:
-    """Median over rounds of one call's process time."""
-    taken = []
-    for _ in range(ROUNDS):
-        started = time.process_time()
-        for _ in range(CALLS):
-            call()
-        taken.append((time.process_time() - started) / CALLS * 1e6)
-    return statistics.median(taken)
+B, T, C, HEADS, VOCABULARY = 1, 16, 64, 4, 256
+DTYPE = torch.bfloat16
+Call = Callable[[], Any]
 
 
 class Timed(NamedTuple):
-    """One op: the whole call, dispatch and allocation alone, and the kernels that it starts."""
+    """Microseconds of the host, and kernels started where the stub counted them."""
 
-    call: float
-    dispatch: float
-    kernels: int
-
-    @property
-    def own(self) -> float:
-        return self.call - self.dispatch
+    forward: float
+    backward: float
+    forward_kernels: int
+    backward_kernels: int
 
 
-_library = torch.library.Library("fusekit_launch_path", "FRAGMENT")
-_defined: dict[str, Any] = {}
-
-
-def _dispatch_alone(overload: Any, empty: Callable[..., Any]) -> Any:
-    """An op of the same schema that makes the results and leaves them empty."""
-    name = overload._opname
-    if name not in _defined:
-        _library.define(str(overload._schema).removeprefix("fusekit::"))
-        _library.impl(name, empty, "CPU")
-        _defined[name] = getattr(torch.ops.fusekit_launch_path, name).default
-    return _defined[name]
-
-
-def timed(overload: Any, empty: Callable[..., Any], args: tuple[Any, ...]) -> Timed:
-    overload(*args)  # settles the plans
-    overload(*args)  # each kernel's second start is its first without the binder
-    before = Compiled.starts
-    overload(*args)
-    kernels = Compiled.starts - before
-    alone = _dispatch_alone(overload, empty)
-    return Timed(microseconds(lambda: overload(*args)), microseconds(lambda: alone(*args)), kernels)
-
-
-def cases() -> dict[str, tuple[Any, Callable[..., Any], tuple[Any, ...]]]:
-    """The inner ops of a training step, forward and backward: the op, its empty results, its arguments."""
+def cases(device: torch.device) -> dict[str, Call]:
+    """Every op of a training step, and eager's layers."""
+    ops = torch.ops.fusekit
 
     def make(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16)
+        return torch.randn(shape, dtype=DTYPE, device=device).requires_grad_()
 
-    x, y, hidden = make(M, K), make(M, K), make(M, N)
-    first, second, out = make(N, K), make(N, K), make(K, N)
-    bias, narrow, features = make(N), make(128, K), make(128)
-    whole = [True] * 3
-    three, biases = [make(K, K), narrow, narrow], [make(K), features, features]
-    gated = (x, [first, second], [None, None], out, None, None, "silu", "gated", False, True)
-    mlp = (x, [first], [bias], out, make(K), None, "gelu_tanh", "plain", False, True)
-    needs = [True, True, True, False, False, True, False]
-    three_grads = [make(M, K), make(M, 128), make(M, 128)]
-    modules = (linear_act, feed_forward, qkv_linear)
-    linear, both, qkv = ((module._empty_forward, module._empty_backward) for module in modules)
+    def heads() -> Tensor:
+        x = torch.randn(B, T, HEADS, C // HEADS, dtype=DTYPE, device=device)
+        return x.transpose(1, 2).requires_grad_()
+
+    x, residual, norm, shift = make(B, T, C), make(B, T, C), make(C), make(C)
+    first, bias, second = make(4 * C, C), make(4 * C), make(C, 4 * C)
+    up, w_q, w_k, w_v, head = make(4 * C, C), make(C, C), make(C, C), make(C, C), make(VOCABULARY, C)
+    q, k, v, head_norm = heads(), heads(), heads(), make(C // HEADS)
+    mask = torch.ones(B, 1, T, T, dtype=torch.bool, device=device)
+    cos, sin = (torch.randn(1, 1, T, C // HEADS, dtype=DTYPE, device=device) for _ in range(2))
+    targets = torch.randint(VOCABULARY, (B * T,), device=device)
     return {
-        "linear_act forward": (
-            linear_act.forward_op, linear[0], (x, first, bias, None, "gelu_tanh", False, True)
-        ),
-        "linear_act backward": (
-            linear_act.backward_op, linear[1], (hidden, x, first, hidden, "gelu_tanh", False, whole)
-        ),
-        "mlp forward": (feed_forward.forward_op, both[0], mlp),
-        "mlp backward": (
-            feed_forward.backward_op, both[1],
-            (y, x, [first], out, [hidden], "gelu_tanh", "plain", False, [True] * 5),
-        ),
-        "gated_mlp forward": (feed_forward.forward_op, both[0], gated),
-        "gated_mlp backward": (
-            feed_forward.backward_op, both[1],
-            (y, x, [first, second], out, [hidden, hidden.clone()], "silu", "gated", False, needs),
-        ),
-        "qkv_linear forward": (qkv_linear.forward_op, qkv[0], (x, three, biases, False)),
-        "qkv_linear backward": (
-            qkv_linear.backward_op, qkv[1], (three_grads, x, three, False, [True] * 7)
-        ),
-    }  # fmt: skip
+        "add_layer_norm": lambda: ops.add_layer_norm(x, residual, norm, shift, 1e-5),
+        "add_rms_norm": lambda: ops.add_rms_norm(x, residual, norm, 1e-5),
+        "linear_act": lambda: ops.linear_act(x, first, bias, None, "gelu_tanh"),
+        "mlp": lambda: ops.mlp(x, first, bias, second, shift, residual, "gelu_tanh"),
+        "gated_mlp": lambda: ops.gated_mlp(x, first, up, second),
+        "qkv_linear": lambda: ops.qkv_linear(x, w_q, w_k, w_v, norm, norm, norm),
+        "rope": lambda: ops.rope(q, cos, sin),
+        "rms_norm_rope": lambda: ops.rms_norm_rope(q, head_norm, cos, sin, 1e-6),
+        "attention": lambda: ops.attention(q, k, v, None, True),
+        "attention, mask": lambda: ops.attention(q, k, v, mask),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, head, None, targets),
+        "linear_fp8": lambda: ops.linear_fp8(x, first, bias),
+        "eager linear": lambda: F.linear(x, first, bias),
+        "eager layer norm": lambda: F.layer_norm(x, (C,), norm, shift),
+        "eager attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    }
 
 
-def measure() -> dict[str, Timed]:
-    with torch.no_grad(), stubbed():
-        return {name: timed(*case) for name, case in cases().items()}
+def timed(call: Call, device: torch.device, launches: Callable[[], int]) -> Timed:
+    """The least time of a call over rounds; what it saved is kept until all of a round are differentiated."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    grads: list[Tensor] = []
+
+    def forward() -> list[Tensor]:
+        returned = call()
+        return [y for y in (returned if isinstance(returned, tuple) else [returned]) if y.requires_grad]
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    counts = [0, 0, 0]
+    for _ in range(5):  # noted, watched, compared, and played from then on
+        counts[0] = launches()
+        outputs = forward()
+        counts[1] = launches()
+        grads = [torch.ones_like(y) for y in outputs]
+        torch.autograd.backward(outputs, grads)
+        counts[2] = launches()
+    forward_time = backward_time = float("inf")
+    for _ in range(ROUNDS):
+        wait()
+        started = clock()
+        returned = [call() for _ in range(CALLS)]
+        called = clock()
+        wait()
+        kept = [[y for y in (r if isinstance(r, tuple) else [r]) if y.requires_grad] for r in returned]
+        began = clock()
+        for outputs in kept:
+            torch.autograd.backward(outputs, grads)
+        forward_time = min(forward_time, (called - started) / CALLS * 1e6)
+        backward_time = min(backward_time, (clock() - began) / CALLS * 1e6)
+    return Timed(forward_time, backward_time, counts[1] - counts[0], counts[2] - counts[1])
 
 
-def product() -> float:
-    """Microseconds from a call of `matmul` with bias, GELU and z to its launch."""
-    x, weight, bias = (torch.randn(s, dtype=torch.bfloat16) for s in ((M, K), (N, K), (N,)))
-    y, z, transposed = x.new_empty(M, N), x.new_empty(M, N), weight.t()
+def measure(names: list[str] | None = None) -> dict[str, Timed]:
+    """Microseconds by op; None: of all."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.ExitStack() as stack:
+        launches: Callable[[], int] = lambda: 0  # noqa: E731
+        if device.type == "cpu":
+            from benchmarks.driver_stub import stubbed
 
-    def call() -> None:
-        gemm.matmul(x, transposed, y, bias=bias, act="gelu_tanh", z=z)
-
-    with torch.no_grad(), stubbed():
-        call()
-        return microseconds(call)
+            launches = stack.enter_context(stubbed())
+        gc.collect()
+        gc.disable()  # its rounds fall on whoever is called just then
+        stack.callback(gc.enable)
+        torch.manual_seed(0)
+        chosen = cases(device)
+        return {name: timed(chosen[name], device, launches) for name in names or chosen}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_path", description=__doc__)
+    parser.add_argument("--ops", nargs="+", choices=list(cases(torch.device("cpu"))), help="all by default")
     parser.add_argument("--out", type=Path, help="results file; without it the figures are only printed")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    alone, times = product(), measure()
-    print(f"{'matmul':22} {alone:6.2f} µs")
+    times = measure(options.ops)
+    print(f"{'µs of the host':22} {'forward':>8} {'backward':>9}  kernels")
     for name, t in times.items():
-        print(
-            f"{name:22} {t.call:6.2f} µs, {t.dispatch:5.2f} of them dispatch: {t.own:5.2f} µs of its own "
-            f"for {t.kernels} kernels, {t.own / t.kernels:5.2f} each"
-        )
+        kernels = f"{t.forward_kernels}, {t.backward_kernels}" if t.forward_kernels else ""
+        print(f"{name:22} {t.forward:8.1f} {t.backward:9.1f}  {kernels}")
     if options.out:
-        own = {name: {"own": t.own, "own_a_kernel": t.own / t.kernels} for name, t in times.items()}
-        ops = {name: t._asdict() | own[name] for name, t in times.items()}
-        held = {"environment": environment(), "microseconds": {"matmul": alone}, "ops": ops}
-        write_results(options.out, held)
+        ops = {name: t._asdict() for name, t in times.items()}
+        where = "a GPU" if torch.cuda.is_available() else "a CPU, the driver a stub"
+        write_results(options.out, {"environment": environment(), "where": where, "ops": ops})
     return 0
 
 

@@ -252,6 +252,21 @@ def quality() -> str:
     return title + _table(headings, quality_rows(found))
 
 
+def launch_path() -> str:
+    found = _load("launch_path.json")
+    if found is None:
+        return "The launch path has not been measured yet.\n"
+    machine, rows = found["environment"], []
+    for name, op in found["ops"].items():
+        kernels = f"{op['forward_kernels']}, {op['backward_kernels']}" if op["forward_kernels"] else ""
+        rows.append((f"`{name}`", f"{op['forward']:.0f}", f"{op['backward']:.0f}", kernels))
+    title = (
+        f"Host µs of a call and of its backward pass, {found['where']} ({machine.get('cpu')}, one thread, "
+        f"torch {machine.get('torch')}, Triton {machine.get('triton')}, commit {machine.get('commit')}):\n\n"
+    )
+    return title + _table(("op", "forward", "backward", "kernels"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops,
     "cpu_kernels": cpu_kernels,
@@ -259,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_figures": cpu_figures,
     "gpu_steps": partial(_described, gpu_tables.steps),
     "gpu_host": partial(_described, gpu_tables.host),
+    "launch_path": launch_path,
     "gpu_loss": partial(_described, gpu_tables.loss),
     "gpu_attention": partial(_described, gpu_tables.attention),
     "gpu_fp8": partial(_described, gpu_tables.fp8_layers),

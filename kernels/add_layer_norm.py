@@ -24,7 +24,7 @@ from torch import Tensor
 from fusekit.kernels import norm_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.norm_launch import empty_grads, empty_outputs, start_backward, start_forward
 from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.row_reduction import (
@@ -197,6 +197,12 @@ def _grads(
     return dx, dweight, dbias
 
 
+def _checked(*args: Any) -> tuple[Any, ...]:
+    if reason := supports(*args):
+        raise ValueError(f"add_layer_norm: {reason}")
+    return args
+
+
 def _run_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (_forward_gpu if on_gpu(x) else _forward_native)(x, *args)
 
@@ -210,6 +216,7 @@ _forward = define(
     " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     _run_forward,
     lambda x, residual, weight, bias, eps: _outputs(x, residual),
+    check=_checked,
 )
 _backward = define(
     "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor mean, Tensor rstd, Tensor? weight,"
@@ -219,7 +226,7 @@ _backward = define(
 )
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -253,12 +260,6 @@ def gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
     )
 
 
-def _checked(*args: Any) -> tuple[Any, ...]:
-    if reason := supports(*args):
-        raise ValueError(f"add_layer_norm: {reason}")
-    return args
-
-
 def supports(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> str | None:
@@ -270,9 +271,9 @@ def supports(
 fused = define(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor y, Tensor h)",
-    lambda *args: _forward(*_checked(*args))[:2],
+    lambda *args: _forward(*args)[:2],
     lambda *args: _outputs(*_checked(*args)[:2])[:2],
-    autograd=lambda *args: _AddLayerNorm.apply(*_checked(*args)),
+    autograd=_AddLayerNorm.apply,
 )
 
 

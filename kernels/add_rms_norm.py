@@ -23,7 +23,7 @@ from torch import Tensor
 from fusekit.kernels import norm_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.norm_launch import empty_grads, empty_outputs, start_backward, start_forward
 from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.row_reduction import (
@@ -214,11 +214,18 @@ def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return (_backward_gpu if on_gpu(dy) else _backward_native)(dy, *args)
 
 
+def _checked(*args: Any) -> tuple[Any, ...]:
+    if reason := supports(*args):
+        raise ValueError(f"add_rms_norm: {reason}")
+    return args
+
+
 _forward = define(
     "add_rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset)"
     " -> (Tensor y, Tensor h, Tensor rstd)",
     _run_forward,
     lambda x, residual, weight, eps, offset: _outputs(x, residual),
+    check=_checked,
 )
 _backward = define(
     "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor rstd, Tensor? weight, float offset,"
@@ -228,7 +235,7 @@ _backward = define(
 )
 
 
-class _AddRMSNorm(torch.autograd.Function):
+class _AddRMSNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
@@ -263,14 +270,6 @@ def gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
     )
 
 
-def _checked(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
-) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:
-    if reason := supports(x, residual, weight, eps, offset):
-        raise ValueError(f"add_rms_norm: {reason}")
-    return x, residual, weight, eps, offset
-
-
 def supports(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
 ) -> str | None:
@@ -281,9 +280,9 @@ def supports(
 fused = define(
     "add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset=0.0)"
     " -> (Tensor y, Tensor h)",
-    lambda *args: _forward(*_checked(*args))[:2],
+    lambda x, residual, weight, eps, offset=0.0: _forward(x, residual, weight, eps, offset)[:2],
     lambda *args: _outputs(*_checked(*args)[:2])[:2],
-    autograd=lambda *args: _AddRMSNorm.apply(*_checked(*args)),
+    autograd=lambda x, residual, weight, eps, offset=0.0: _AddRMSNorm.apply(x, residual, weight, eps, offset),
 )
 
 

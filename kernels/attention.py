@@ -39,7 +39,7 @@ from fusekit.kernels.attention_form import TENSORS, Form, dense, pairs, rows_of
 from fusekit.kernels.attention_samples import samples
 from fusekit.kernels.attention_supports import supports
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op
 
 
@@ -174,39 +174,63 @@ _SETTINGS = (
     "Tensor? documents, Tensor? key_documents, Tensor? global_queries, Tensor? global_keys, "
     "bool global_ahead, bool deterministic"
 )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> None:
+    why_not = supports(q, k, v, *settings)
+    if why_not is not None:
+        raise ValueError(f"attention: {why_not}")
+
+
+def _depends(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Any:
+    """Who computes, and whether what has no gradient is asked for one."""
+    slopes = settings[_SLOPES]
+    return attention_choice.state(), slopes is not None and slopes.requires_grad
+
+
+def _backward_depends(*_: Any) -> Any:
+    return attention_choice.state()
+
+
 _forward_op = define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    check=_check,
+    depends=_depends,
 )
 _backward_op = define(
     "attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
     f"bool bias_grad, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    depends=_backward_depends,
 )
 
 
 _SINKS = 3 + Form._fields.index("sinks")
+_SLOPES = Form._fields.index("slopes")
+_TENSORS = tuple(Form._fields.index(name) for name in TENSORS)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-        form = Form(*settings)
-        out, stats = _forward_op(q, k, v, *form)
-        ctx.save_for_backward(q, k, v, out, stats, *(getattr(form, name) for name in TENSORS))
-        ctx.form = form.without_tensors()
+        out, stats = _forward_op(q, k, v, *settings)
+        ctx.save_for_backward(q, k, v, out, stats, *(settings[place] for place in _TENSORS))
+        ctx.settings = tuple(None if isinstance(value, Tensor) else value for value in settings)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("attention")
         q, k, v, out, stats, *tensors = ctx.saved_tensors
-        form = ctx.form._replace(**dict(zip(TENSORS, tensors, strict=True)))
+        settings = list(ctx.settings)
+        for place, tensor in zip(_TENSORS, tensors, strict=True):
+            settings[place] = tensor
         needed = ctx.needs_input_grad
-        grads = _backward_op(grad_output, q, k, v, out, stats, needed[3], *form)
-        wanted: list[Tensor | None] = [None] * (3 + len(form))
+        grads = _backward_op(grad_output, q, k, v, out, stats, needed[3], *settings)
+        wanted: list[Tensor | None] = [None] * (3 + len(settings))
         for place, grad in zip((0, 1, 2, 3, _SINKS), grads, strict=True):
             wanted[place] = grad if needed[place] else None
         return tuple(wanted)
@@ -221,14 +245,17 @@ def _settings(
     key_documents: Tensor | None = None, global_queries: Tensor | None = None,
     global_keys: Tensor | None = None, global_ahead: bool = False, deterministic: bool = True,
 ) -> Form:  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    form = Form(
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 1.0  # else refused
+    return Form(
         mask, causal, scale, dropout, seed, seed_offset, tf32, window, offset, softcap, sinks, slopes, places,
         documents, key_documents, global_queries, global_keys, global_ahead, deterministic,
     )  # fmt: skip
-    why_not = supports(q, k, v, *form)
-    if why_not is not None:
-        raise ValueError(f"attention: {why_not}")
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Form:
+    form = _settings(q, k, v, *args, **kwargs)
+    _check(q, k, v, *form)
     return form
 
 
@@ -270,7 +297,7 @@ def flops(
 
 def runs_on(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> str:
     """Who computes this call and why, as "own kernel: window"; of tensors no values are looked at."""
-    return attention_gradient.describe(q, k, v, _settings(q, k, v, *args, **kwargs))
+    return attention_gradient.describe(q, k, v, _checked(q, k, v, *args, **kwargs))
 
 
 def measure(
@@ -279,7 +306,7 @@ def measure(
     """Seconds of whoever may compute this call on its GPU, kept for later calls; empty without a choice."""
     if not on_gpu(q):
         return {}
-    call = q, k, v, _settings(q, k, v, *args, **kwargs), clock
+    call = q, k, v, _checked(q, k, v, *args, **kwargs), clock
     return attention_choice.measure(*call) | attention_gradient.measure(*call)
 
 

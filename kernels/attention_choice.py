@@ -18,6 +18,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,13 @@ def choose(q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) 
     strides = tuple(x.stride(-1) == 1 for x in (q, k, v))
     call = (q.dtype, q.device, q.shape, k.shape, v.shape, strides, settings, absent, backward)
     return _plans(call, lambda: _decide(q, k, v, form, absent, backward))
+
+
+def state() -> tuple[Any, ...]:
+    """What decides, besides a call's arguments, who computes it; measured times aside."""
+    cuda = torch.backends.cuda
+    switches = cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+    return _forced.library, torch.are_deterministic_algorithms_enabled(), *switches
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:

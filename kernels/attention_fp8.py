@@ -37,7 +37,7 @@ from fusekit.kernels.attention_fp8_reference import reference
 from fusekit.kernels.attention_fp8_samples import samples
 from fusekit.kernels.attention_fp8_supports import supports
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op
 
 
@@ -122,7 +122,7 @@ _backward_op = define(
 )
 
 
-class _AttentionFp8(torch.autograd.Function):
+class _AttentionFp8(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
         causal, scale, window, offset, documents, key_documents, scaling = settings

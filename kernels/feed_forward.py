@@ -34,9 +34,16 @@ from fusekit.kernels import feed_forward_cpu, feed_forward_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.hidden_form import PACKED, parts
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, is_last_backward, refuse_double_backward, saves_through_hooks
+from fusekit.kernels.library import (
+    Function,
+    define,
+    is_last_backward,
+    refuse_double_backward,
+    saves_through_hooks,
+)
 from fusekit.kernels.linear_act import _optional_rows, _rows, _shape
 from fusekit.kernels.linear_cpu import mixes
+from fusekit.kernels.linear_gpu import asks_tf32
 from fusekit.kernels.op import not_runnable
 
 
@@ -158,17 +165,39 @@ def _backward(
     return grads
 
 
+# Of the first weights, their biases, w_out and b_out, by form: the op, and what it calls them.
+NAMES = {
+    "plain": ("mlp", ("w1", "b1", "w2", "b2")),
+    "gated": ("gated_mlp", ("w_gate", "w_up", "b_gate", "b_up", "w_down", "b_down")),
+    **dict.fromkeys(PACKED, ("gated_mlp", ("w_gate", "b_gate", "w_down", "b_down"))),
+}
+
+
+def _check(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], w_out: Tensor, b_out: Tensor | None,
+    residual: Tensor | None, act: str, form: str, *_: Any,
+) -> None:  # fmt: skip
+    name, names = NAMES[form]
+    named = dict(zip(names, (*weights, *biases, w_out, b_out), strict=True))
+    reason = refusal(x, residual, act, form, named)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+
+
 forward_op = define(
     "feed_forward_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor w_out, Tensor? b_out,"
     " Tensor? residual, str act, str form, bool tf32, bool save) -> (Tensor, Tensor[])",
     _forward,
     _empty_forward,
+    check=_check,
+    depends=asks_tf32,
 )
 backward_op = define(
     "feed_forward_backward(Tensor grad_output, Tensor? x, Tensor[] weights, Tensor w_out, Tensor[] saved,"
     " str act, str form, bool tf32, bool[] needs) -> Tensor[]",
     _backward,
     _empty_backward,
+    depends=asks_tf32,
 )
 backward_over_saved_op = define(
     "feed_forward_backward_over_saved(Tensor grad_output, Tensor? x, Tensor[] weights, Tensor w_out,"
@@ -178,7 +207,7 @@ backward_over_saved_op = define(
 )
 
 
-class _FeedForward(torch.autograd.Function):
+class _FeedForward(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -238,6 +267,12 @@ def infer(act: str, form: str, tf32: bool, x: Tensor, residual: Tensor | None, *
 
 def differentiable(name: str, *args: Any) -> Tensor:
     return _FeedForward.apply(name, *args) if torch.is_grad_enabled() else infer(*args)
+
+
+def check(act: str, form: str, tf32: bool, x: Tensor, residual: Tensor | None, *parameters: Any) -> None:
+    """Raise where `infer` and `differentiable` do not take these arguments."""
+    weights, biases = _split(list(parameters))
+    _check(x, weights[:-1], biases[:-1], weights[-1], biases[-1], residual, act, form)
 
 
 def refusal(

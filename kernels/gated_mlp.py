@@ -54,6 +54,16 @@ def reference(
     return feed_forward.reference(x, weights, biases, w_down, b_down, None, act, form)
 
 
+def _contradiction(w_up: Tensor | None, b_up: Tensor | None, act: str, up_first: bool) -> str | None:
+    if act == "relu_squared":
+        return "relu_squared squares the gate, and with it the rounding of the gate that backward reads"
+    if w_up is None and b_up is not None:
+        return "b_up is given, but no w_up: a packed w_gate has a packed b_gate"
+    if w_up is not None and up_first:
+        return "up_first is about a packed w_gate, and w_up is given"
+    return None
+
+
 def supports(
     x: Tensor,
     w_gate: Tensor,
@@ -67,12 +77,8 @@ def supports(
     tf32: bool = False,
 ) -> str | None:
     """None, or why gated_mlp does not run on these arguments."""
-    if act == "relu_squared":
-        return "relu_squared squares the gate, and with it the rounding of the gate that backward reads"
-    if w_up is None and b_up is not None:
-        return "b_up is given, but no w_up: a packed w_gate has a packed b_gate"
-    if w_up is not None and up_first:
-        return "up_first is about a packed w_gate, and w_up is given"
+    if reason := _contradiction(w_up, b_up, act, up_first):
+        return reason
     named = {"w_gate": w_gate, "b_gate": b_gate, "w_down": w_down, "b_down": b_down}
     if w_up is not None:
         named = {"w_gate": w_gate, "w_up": w_up, "b_gate": b_gate, "b_up": b_up,
@@ -80,7 +86,7 @@ def supports(
     return feed_forward.refusal(x, None, act, _form(w_up, up_first), named)
 
 
-def _checked(
+def _arguments(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor | None,
@@ -93,24 +99,23 @@ def _checked(
     tf32: bool = False,
 ) -> tuple[Any, ...]:
     """The arguments of feed_forward's functions."""
-    reason = supports(x, w_gate, w_up, w_down, b_gate, b_up, b_down, act, up_first, tf32)
-    if reason is not None:
+    if reason := _contradiction(w_up, b_up, act, up_first):
         raise ValueError(f"gated_mlp: {reason}")
     first = (w_gate, b_gate) if w_up is None else (w_gate, w_up, b_gate, b_up)
     return act, _form(w_up, up_first), tf32, x, None, *first, w_down, b_down
 
 
 def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *rest: Any) -> Tensor:
-    _checked(x, w_gate, w_up, w_down, *rest)
+    feed_forward.check(*_arguments(x, w_gate, w_up, w_down, *rest))
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
 fused = define(
     "gated_mlp(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, Tensor? b_gate=None, Tensor? b_up=None,"
     " Tensor? b_down=None, str act='silu', bool up_first=False, bool tf32=False) -> Tensor",
-    lambda *args: feed_forward.infer(*_checked(*args)),
+    lambda *args: feed_forward.infer(*_arguments(*args)),
     _fake,
-    autograd=lambda *args: feed_forward.differentiable("gated_mlp", *_checked(*args)),
+    autograd=lambda *args: feed_forward.differentiable("gated_mlp", *_arguments(*args)),
     autocast="lower",
 )
 

@@ -7,10 +7,12 @@ launch they would have made is collected, so what is compiled ahead of time is w
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+_watchers: dict[int, Callable[[Any, tuple[Any, ...]], None]] = {}  # by thread: who is told of each start
 _target = "sm_90"
 
 
@@ -63,43 +66,111 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
     elif all(grid):  # an empty tensor has nothing to compute and CUDA refuses an empty grid
-        return kernel[grid](*args, **meta)
+        compiled = kernel[grid](*args, **meta)
+        if _watchers:
+            _report(Start.of(compiled, kernel, grid, args, meta), args)
+        return compiled
     return None
+
+
+class Start(NamedTuple):
+    """A compiled kernel as Triton's launcher takes it, past Triton's binder and runner.
+
+    compiled: Triton's kernel, which must live as long as its function may be called.
+    constants: the constexprs, which the launcher is handed behind the run-time arguments and skips.
+    scratch: the kernel makes tensor descriptors, which live in memory that Triton asks an allocator for.
+    """
+
+    compiled: Any
+    run: Callable[..., Any]
+    grid: tuple[int, ...]
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+    scratch: bool
+
+    @classmethod
+    def of(
+        cls, compiled: Any, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]
+    ) -> Start | None:
+        """None where the kernel ran by other means than Triton's launcher: the sanitizer's."""
+        names = kernel.arg_names[len(args) :]
+        if not hasattr(compiled, "packed_metadata") or not meta.keys() >= set(names):
+            return None
+        constants = tuple(meta[name] for name in names)
+        scratch = getattr(getattr(compiled, "metadata", None), "global_scratch_size", 0) > 0
+        handles = compiled.run, (*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata
+        return cls(compiled, *handles, constants, scratch)
+
+    def __call__(self, stream: int, args: Iterable[Any]) -> None:
+        """args: the run-time arguments; an address does for a tensor."""
+        # Nobody listens: no metadata for it, and no hooks, empty as Triton's chains of them are.
+        run, handles = self.runner, (stream, self.function, self.metadata, None, None, None)
+        run(*self.grid, *handles, *args, *self.constants)
+
+    @property
+    def runner(self) -> Callable[..., Any]:
+        return partial(_with_scratch, self.run) if self.scratch else self.run
+
+
+def _with_scratch(run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Triton's allocator is a context variable, unset in the thread of autograd; the user's own stays."""
+    return contextvars.copy_context().run(_allocating, run, args, kwargs)
+
+
+def _allocating(run: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    triton.set_allocator(_allocate)
+    return run(*args, **kwargs)
+
+
+def current() -> tuple[int, int]:
+    """The device on which kernels start, and its stream."""
+    active = triton.runtime.driver.active
+    device = active.get_current_device()
+    return device, active.get_current_stream(device)
+
+
+def observed() -> bool:
+    """Whether starts must go the long way: they are recorded, watched, or hooked (a profiler of Triton's)."""
+    if _recorded is not None or _watchers:
+        return True
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
 
 
 class Repeated:
     """A kernel start that comes again with tensors of the same dtypes, shapes, strides and alignments.
 
-    Triton binds and specialises all arguments at each start, 9 to 13 µs for twenty of them. From the second
-    start on this hands them to the compiled kernel directly.
-    scratch: the kernel makes tensor descriptors, which live in memory that Triton asks an allocator for.
+    Triton binds and specialises all arguments at each start, 9 to 13 µs for twenty of them, and its runner
+    makes metadata for hooks that nobody has set, another 5. From the second start on a device on this hands
+    the arguments to the compiled kernel's launcher.
+    scratch: the kernel makes tensor descriptors.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], scratch: bool = False, **meta: Any) -> None:
         self._kernel, self._grid, self._scratch, self._meta = kernel, (*grid, 1, 1)[:3], scratch, meta
-        self._constants: tuple[Any, ...] = ()
-        self._run: Callable[..., Any] | None = None
+        self._starts: dict[int, Start] = {}
 
     def __call__(self, *args: Any) -> None:
-        if self._scratch and _recorded is None:
-            # Triton's allocator is a context variable, unset in the thread of autograd; the user's own stays.
-            contextvars.copy_context().run(self._start_with_scratch, args)
-        else:
-            self._start(args)
-
-    def _start_with_scratch(self, args: tuple[Any, ...]) -> None:
-        triton.set_allocator(_allocate)
-        self._start(args)
-
-    def _start(self, args: tuple[Any, ...]) -> None:
-        if self._run is not None and _recorded is None:
-            self._run(*args, *self._constants)
+        if not self._starts or observed():
+            self._first(args)
             return
-        compiled = launch(self._kernel, self._grid, *args, **self._meta)
-        if hasattr(compiled, "packed_metadata"):
-            names = self._kernel.arg_names[len(args) :]
-            self._constants = tuple(self._meta[name] for name in names)
-            self._run = compiled[self._grid]
+        device, stream = current()
+        start = self._starts.get(device)
+        if start is None:
+            self._first(args)
+        else:
+            start(stream, args)
+
+    def _first(self, args: tuple[Any, ...]) -> None:
+        start = partial(_with_scratch, launch) if self._scratch and _recorded is None else launch
+        compiled = start(self._kernel, self._grid, *args, **self._meta)
+        ready = Start.of(compiled, self._kernel, self._grid, args, self._meta)
+        if ready is not None:
+            self._starts[current()[0]] = ready
 
 
 MOST_PLANS = 4096  # then all are dropped: shapes that never come again must not fill the memory
@@ -128,6 +199,26 @@ def kind_of(x: Tensor | None) -> tuple[Any, ...] | None:
     if x is None or _recorded is not None:
         return None
     return x.dtype, x.stride(), x.data_ptr() & 15
+
+
+@contextmanager
+def watch(told: Callable[[Start | None, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Tell of every start on this thread, with its run-time arguments."""
+    thread = threading.get_ident()
+    before = _watchers.get(thread)
+    _watchers[thread] = told
+    try:
+        yield
+    finally:
+        del _watchers[thread]
+        if before is not None:
+            _watchers[thread] = before
+
+
+def _report(start: Start | None, args: tuple[Any, ...]) -> None:
+    told = _watchers.get(threading.get_ident())
+    if told is not None:
+        told(start, args)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -37,9 +37,9 @@ from torch import Tensor
 from fusekit.kernels import linear_cpu, linear_gpu
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
+from fusekit.kernels.linear_gpu import asks_tf32, share_rows  # noqa: F401
 from fusekit.kernels.linear_gpu import dact as _dact  # noqa: F401
-from fusekit.kernels.linear_gpu import share_rows  # noqa: F401
 from fusekit.kernels.linear_gpu import use_tf32 as _use_tf32  # noqa: F401
 from fusekit.kernels.op import Op, Sample, not_runnable
 
@@ -130,21 +130,31 @@ def _backward(
     return grads
 
 
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str, tf32: bool, *_: Any
+) -> None:
+    if reason := supports(x, weight, bias, residual, act, tf32):
+        raise ValueError(f"linear_act: {reason}")
+
+
 forward_op = define(
     "linear_act_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str act, bool tf32,"
     " bool save) -> (Tensor, Tensor)",
     _forward,
     _empty_forward,
+    check=_check,
+    depends=asks_tf32,
 )
 backward_op = define(
     "linear_act_backward(Tensor grad_output, Tensor? x, Tensor weight, Tensor? saved, str act, bool tf32,"
     " bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _backward,
     _empty_backward,
+    depends=asks_tf32,
 )
 
 
-class _LinearAct(torch.autograd.Function):
+class _LinearAct(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -211,7 +221,7 @@ def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _checked(
+def _arguments(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -219,22 +229,20 @@ def _checked(
     act: str = "none",
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, bool]:
-    reason = supports(x, weight, bias, residual, act, tf32)
-    if reason is not None:
-        raise ValueError(f"linear_act: {reason}")
     return x, weight, bias, residual, act, tf32
 
 
 def _infer(*args: Any) -> Tensor:
-    return forward_op(*_checked(*args), False)[0]
+    return forward_op(*_arguments(*args), False)[0]
 
 
 def _differentiable(*args: Any) -> Tensor:
-    return _LinearAct.apply(*_checked(*args)) if torch.is_grad_enabled() else _infer(*args)
+    return _LinearAct.apply(*_arguments(*args)) if torch.is_grad_enabled() else _infer(*args)
 
 
 def _fake(*args: Any) -> Tensor:
-    x, weight = _checked(*args)[:2]
+    _check(*_arguments(*args))
+    x, weight = args[:2]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -30,7 +30,7 @@ from fusekit.kernels import linear_cpu, linear_cross_entropy_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.gemm import matmul
 from fusekit.kernels.launch import launch, on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample, not_runnable
 
 REDUCTIONS = ("mean", "sum")
@@ -182,7 +182,7 @@ _forward_op = define(
 )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *settings: Any

@@ -36,7 +36,7 @@ from fusekit.kernels.fp8_cast import empty_operand
 from fusekit.kernels.fp8_format import Operand
 from fusekit.kernels.fp8_operand import read
 from fusekit.kernels.launch import on_gpu, recording
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.linear_act import _optional_rows, _rows, _stores_z
 from fusekit.kernels.linear_fp8_reference import reference
 from fusekit.kernels.linear_fp8_samples import samples
@@ -185,7 +185,7 @@ backward_op = define(
 )
 
 
-class _LinearFp8(torch.autograd.Function):
+class _LinearFp8(Function):
     @staticmethod
     def forward(
         ctx: Any,

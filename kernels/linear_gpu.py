@@ -11,6 +11,8 @@ Every sum has a fixed order: no atomics, the same bits each run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -140,6 +142,11 @@ def backward(
     if grad_input is not None:
         matmul(dz, weight, grad_input, tf32=tf32)
     weight_gradients(dz, x, grad_weight, grad_bias, tf32)
+
+
+def asks_tf32(x: Tensor | list[Tensor], *_: Any) -> bool:
+    """Whether products of x, or of each of them, round to tf32 because PyTorch's switch is on."""
+    return use_tf32(x if isinstance(x, Tensor) else x[0], False)
 
 
 def use_tf32(x: Tensor, tf32: bool) -> bool:

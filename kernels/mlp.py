@@ -52,7 +52,7 @@ def supports(
     return feed_forward.refusal(x, residual, act, "plain", named)
 
 
-def _checked(
+def _arguments(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
@@ -63,23 +63,20 @@ def _checked(
     tf32: bool = False,
 ) -> tuple[Any, ...]:
     """The arguments of feed_forward's functions."""
-    reason = supports(x, w1, b1, w2, b2, residual, act, tf32)
-    if reason is not None:
-        raise ValueError(f"mlp: {reason}")
     return act, "plain", tf32, x, residual, w1, b1, w2, b2
 
 
 def _fake(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
-    _checked(x, w1, b1, w2, *rest)
+    feed_forward.check(*_arguments(x, w1, b1, w2, *rest))
     return x.new_empty((*x.shape[:-1], w2.shape[0]))
 
 
 fused = define(
     "mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual=None, str act='gelu',"
     " bool tf32=False) -> Tensor",
-    lambda *args: feed_forward.infer(*_checked(*args)),
+    lambda *args: feed_forward.infer(*_arguments(*args)),
     _fake,
-    autograd=lambda *args: feed_forward.differentiable("mlp", *_checked(*args)),
+    autograd=lambda *args: feed_forward.differentiable("mlp", *_arguments(*args)),
     autocast="lower",
 )
 

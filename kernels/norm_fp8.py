@@ -27,7 +27,7 @@ from fusekit.kernels import add_layer_norm, add_rms_norm, linear_fp8_cpu
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.fp8_cast import encode, encoding, has_exact_cast, padded, scales_of
 from fusekit.kernels.launch import on_gpu, recording
-from fusekit.kernels.library import define
+from fusekit.kernels.library import Function, define
 from fusekit.kernels.norm_launch import start_forward
 from fusekit.kernels.recipe import Recipe
 
@@ -182,7 +182,7 @@ _layer_forward = define(
 )
 
 
-class _AddRMSNormFp8(torch.autograd.Function):
+class _AddRMSNormFp8(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -205,7 +205,7 @@ class _AddRMSNormFp8(torch.autograd.Function):
         return *add_rms_norm.gradients(ctx, *grads[:2]), None, None
 
 
-class _AddLayerNormFp8(torch.autograd.Function):
+class _AddLayerNormFp8(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.linear_act import _rows, _shape
 from fusekit.kernels.linear_cpu import mixes, multiplies
-from fusekit.kernels.linear_gpu import use_tf32, weight_gradients
+from fusekit.kernels.linear_gpu import asks_tf32, use_tf32, weight_gradients
 from fusekit.kernels.op import Op, Sample, not_runnable
 from fusekit.kernels.qkv_gemm import project, sum_products
 
@@ -177,19 +177,29 @@ def _backward(grads: Three, x: Tensor | None, weights: Three, tf32: bool, needs:
     return made
 
 
+def _check(x: Tensor, weights: Three, biases: Biases, tf32: bool) -> None:
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = weights, biases
+    reason = supports(x, w_q, w_k, w_v, b_q, b_k, b_v, tf32)
+    if reason is not None:
+        raise ValueError(f"qkv_linear: {reason}")
+
+
 forward_op = define(
     "qkv_linear_forward(Tensor x, Tensor[] weights, Tensor?[] biases, bool tf32) -> Tensor[]",
     _forward,
     _empty_forward,
+    check=_check,
+    depends=asks_tf32,
 )
 backward_op = define(
     "qkv_linear_backward(Tensor[] grads, Tensor? x, Tensor[] weights, bool tf32, bool[] needs) -> Tensor[]",
     _backward,
     _empty_backward,
+    depends=asks_tf32,
 )
 
 
-class _QkvLinear(torch.autograd.Function):
+class _QkvLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         weights, biases, ctx.tf32 = list(rest[:3]), list(rest[3:6]), rest[6]
@@ -237,7 +247,7 @@ def supports(
     return not_runnable(x, w_q, w_k, w_v, b_q, b_k, b_v)
 
 
-def _checked(
+def _arguments(
     x: Tensor,
     w_q: Tensor,
     w_k: Tensor,
@@ -247,23 +257,21 @@ def _checked(
     b_v: Tensor | None = None,
     tf32: bool = False,
 ) -> tuple[Any, ...]:
-    reason = supports(x, w_q, w_k, w_v, b_q, b_k, b_v, tf32)
-    if reason is not None:
-        raise ValueError(f"qkv_linear: {reason}")
     return x, w_q, w_k, w_v, b_q, b_k, b_v, tf32
 
 
 def _infer(*args: Any) -> tuple[Tensor, ...]:
-    x, *rest = _checked(*args)
+    x, *rest = _arguments(*args)
     return tuple(forward_op(x, rest[:3], rest[3:6], rest[6]))
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, ...]:
-    return _QkvLinear.apply(*_checked(*args)) if torch.is_grad_enabled() else _infer(*args)
+    return _QkvLinear.apply(*_arguments(*args)) if torch.is_grad_enabled() else _infer(*args)
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    x, *rest = _checked(*args)
+    x, *rest = _arguments(*args)
+    _check(x, rest[:3], rest[3:6], rest[6])
     return tuple(_empty_forward(x, rest[:3], rest[3:6], rest[6]))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample
 from fusekit.kernels.rope import tables
 from fusekit.kernels.rotation import (
@@ -27,6 +27,7 @@ from fusekit.kernels.rotation import (
     norm_backward_gpu,
     rotate_gpu,
     rotated,
+    turned_features,
     unsupported,
 )
 from fusekit.kernels.rotation_cpu import chunks, rotate
@@ -42,7 +43,7 @@ def reference(
     z = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         z = z * (weight.to(z.dtype) + offset)
-    return rotated(z, cos, sin, cos.shape[-1] if rotary is None else rotary, interleaved).to(x.dtype)
+    return rotated(z, cos, sin, turned_features(cos, rotary), interleaved).to(x.dtype)
 
 
 def _forward_native(
@@ -122,11 +123,18 @@ def _backward(
     return grads
 
 
+def _check(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *settings: Any) -> None:
+    if reason := supports(x, weight, cos, sin, *settings):
+        raise ValueError(f"rms_norm_rope: {reason}")
+
+
 _SETTINGS = "Tensor? weight, Tensor cos, Tensor sin, float eps, float offset, bool interleaved, int rotary"
 _forward_op = define(
     f"rms_norm_rope_forward(Tensor x, {_SETTINGS}) -> Tensor",
     _forward,
     lambda x, *rest: dense_like(x),
+    check=_check,
+    depends=lambda x, weight, cos, sin, *_: cos.requires_grad or sin.requires_grad,
 )
 _backward_op = define(
     f"rms_norm_rope_backward(Tensor dy, Tensor x, {_SETTINGS}, bool[2] needed)"
@@ -136,7 +144,7 @@ _backward_op = define(
 )
 
 
-class _RMSNormRope(torch.autograd.Function):
+class _RMSNormRope(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *settings: Any
@@ -154,14 +162,17 @@ class _RMSNormRope(torch.autograd.Function):
         return dx, dweight, None, None, None, None, None, None
 
 
-def _checked(
+def _arguments(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
     offset: float = 0.0, interleaved: bool = False, rotary: int | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    if reason := supports(x, weight, cos, sin, eps, offset, interleaved, rotary):
-        raise ValueError(f"rms_norm_rope: {reason}")
-    turned = cos.shape[-1] if rotary is None else rotary
-    return x, weight, cos, sin, eps, offset, interleaved, turned
+    return x, weight, cos, sin, eps, offset, interleaved, turned_features(cos, rotary)
+
+
+def _fake(*args: Any) -> Tensor:
+    args = _arguments(*args)
+    _check(*args)
+    return dense_like(args[0])
 
 
 def supports(
@@ -176,9 +187,9 @@ def supports(
 fused = define(
     "rms_norm_rope(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps, float offset=0.0,"
     " bool interleaved=False, int? rotary=None) -> Tensor",
-    lambda *args: _forward_op(*_checked(*args)),
-    lambda *args: dense_like(_checked(*args)[0]),
-    autograd=lambda *args: _RMSNormRope.apply(*_checked(*args)),
+    lambda *args: _forward_op(*_arguments(*args)),
+    _fake,
+    autograd=lambda *args: _RMSNormRope.apply(*_arguments(*args)),
 )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels.launch import on_gpu
-from fusekit.kernels.library import define, refuse_double_backward
+from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op, Sample
 from fusekit.kernels.rotation import (
     dense,
@@ -26,6 +26,7 @@ from fusekit.kernels.rotation import (
     rotate_gpu,
     rotated,
     rows_of,
+    turned_features,
     unsupported,
 )
 from fusekit.kernels.rotation_cpu import chunks, rotate
@@ -37,11 +38,7 @@ def reference(
 ) -> Tensor:
     """x with its first `rotary` features turned; None: as many as the tables have columns."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return rotated(wide, cos, sin, _turned(cos, rotary), interleaved).to(x.dtype)
-
-
-def _turned(cos: Tensor, rotary: int | None) -> int:
-    return cos.shape[-1] if rotary is None else rotary
+    return rotated(wide, cos, sin, turned_features(cos, rotary), interleaved).to(x.dtype)
 
 
 def _run(
@@ -61,23 +58,38 @@ def _run(
     return y
 
 
+def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rotary: int, *_: Any) -> None:
+    if reason := supports(x, cos, sin, interleaved, rotary):
+        raise ValueError(f"rope: {reason}")
+
+
 _turn = define(
     "rope_turn(Tensor x, Tensor cos, Tensor sin, bool interleaved, int rotary, int[] order, bool back)"
     " -> Tensor",
     _run,
     lambda x, cos, sin, interleaved, rotary, order, back: dense(x, order),
+    check=_check,
+    depends=lambda x, cos, sin, *_: cos.requires_grad or sin.requires_grad,
 )
 
 
-def _forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rotary: int) -> Tensor:
-    return _turn(x, cos, sin, interleaved, rotary, rows_of(x).order, False)
+def _forward(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, rotary: int | None = None
+) -> Tensor:
+    return _turn(x, cos, sin, interleaved, turned_features(cos, rotary), rows_of(x).order, False)
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rotary: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rotary: int | None
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.layout = interleaved, rotary, rows_of(x).order  # the gradient lies as x does
+        ctx.layout = (
+            interleaved,
+            turned_features(cos, rotary),
+            rows_of(x).order,
+        )  # the gradient lies as x does
         return _turn(x, cos, sin, *ctx.layout, False)
 
     @staticmethod
@@ -86,12 +98,10 @@ class _Rope(torch.autograd.Function):
         return _turn(grad_output, *ctx.saved_tensors, *ctx.layout, True), None, None, None, None
 
 
-def _checked(
-    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, rotary: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, bool, int]:
-    if reason := supports(x, cos, sin, interleaved, rotary):
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    if reason := supports(x, *args):
         raise ValueError(f"rope: {reason}")
-    return x, cos, sin, interleaved, _turned(cos, rotary)
+    return dense_like(x)
 
 
 def supports(
@@ -103,9 +113,9 @@ def supports(
 
 fused = define(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False, int? rotary=None) -> Tensor",
-    lambda *args: _forward(*_checked(*args)),
-    lambda *args: dense_like(_checked(*args)[0]),
-    autograd=lambda *args: _Rope.apply(*_checked(*args)),
+    _forward,
+    _fake,
+    autograd=lambda x, cos, sin, pairs=False, rotary=None: _Rope.apply(x, cos, sin, pairs, rotary),
 )
 
 
@@ -156,7 +166,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
 
 def flops(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, rotary: int | None = None) -> int:
     """Two products and a sum for every turned feature."""
-    return 3 * x.numel() * _turned(cos, rotary) // max(1, x.shape[-1])
+    return 3 * x.numel() * turned_features(cos, rotary) // max(1, x.shape[-1])
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops)

@@ -126,6 +126,11 @@ def pairs_of(t: Tensor, rotary: int, interleaved: bool) -> tuple[Tensor, Tensor]
     return t[..., : rotary // 2], t[..., rotary // 2 : rotary]
 
 
+def turned_features(cos: Tensor, rotary: int | None) -> int:
+    """rotary, or where it is None as many as the tables have columns."""
+    return rotary if rotary is not None else cos.shape[-1] if cos.dim() else 0
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool) -> Tensor:
     """The definition, in x's dtype."""
     a, b = pairs_of(x, rotary, interleaved)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusekit.kernels import tape
 from fusekit.kernels.config_table import slug
 from fusekit.kernels.cpu_library import cache_folder
 
@@ -69,6 +70,7 @@ def record(suite: str, device: torch.device, bucket_key: str, times: Times) -> P
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(text + "\n")
     os.replace(file.name, path)
+    tape.forget()
     return path
 
 

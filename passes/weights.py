@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fusekit.kernels.fp8_operand import fp8_operand
+from fusekit.kernels.library import Function
 from fusekit.kernels.linear_fp8_cpu import WEIGHT
 from fusekit.passes import _compat
 from fusekit.passes.delayed import ModelScales
@@ -57,7 +58,7 @@ register_optimizer_step_pre_hook(_count_step)  # a step that raises half way has
 register_optimizer_step_post_hook(_count_step)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Copy:
     """One parameter's copy, of one or more tensors, and the state it was made in."""
 
@@ -130,7 +131,7 @@ def cast_parameters(
     return tuple(extended)
 
 
-class _CastParameter(torch.autograd.Function):
+class _CastParameter(Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, low: Tensor) -> Tensor:
         ctx.dtype = parameter.dtype
@@ -141,7 +142,7 @@ class _CastParameter(torch.autograd.Function):
         return grad_output.to(ctx.dtype), None
 
 
-class _LaidOut(torch.autograd.Function):
+class _LaidOut(Function):
     """The gradient of a transposed weight comes transposed. Autograd would copy it, which counts as a write
     to it; copied here it is as new as any other, and the window stays open."""
 

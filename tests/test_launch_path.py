@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import launch_path
-from benchmarks.launch_path import Compiled
 from fusekit.kernels import gemm, launch
 from fusekit.kernels._triton import HAS_TRITON
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.launch import Repeated
+from tests.tape_checks import a_gpu
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-
-
-class Recorder(launch_path.Compiled):
-    def __init__(self) -> None:
-        self.starts: list[tuple] = []
-
-    def __getitem__(self, grid):
-        return lambda *args: self.starts.append((grid, args))
 
 
 def operands(dtype=torch.bfloat16):
@@ -37,13 +36,14 @@ def operands(dtype=torch.bfloat16):
 def test_the_compiled_kernel_gets_every_parameter_in_its_place():
     a, b, output = operands()
     bias, z = torch.randn(48, dtype=a.dtype), torch.empty_like(output)
-    recorder = Recorder()
-    with launch_path.stubbed(), mock.patch.object(launch, "launch", lambda *args, **meta: recorder):
-        for _ in range(2):
+    starts: list[Any] = []
+    with a_gpu() as machine:
+        gemm.matmul(a, b, output, bias=bias, act="silu", z=z)  # through Triton's binder
+        with mock.patch.object(machine, "tell", lambda *start: starts.append(start)):
             gemm.matmul(a, b, output, bias=bias, act="silu", z=z)
         (plan,) = gemm._plans.held.values()
     kernel = plan.start._kernel
-    ((grid, args),) = recorder.starts  # the first start goes through Triton's binder
+    ((_, grid, args),) = starts
     given = dict(zip(kernel.arg_names, args, strict=True))
     assert len(grid) == 3 and given["a_ptr"] is a and given["z_ptr"] is z and given["residual_ptr"] is None
     assert (given["M"], given["N"], given["K"]) == (64, 48, 32) and given["stride_om"] == 48
@@ -52,7 +52,7 @@ def test_the_compiled_kernel_gets_every_parameter_in_its_place():
 
 def test_only_calls_of_one_kind_share_a_plan():
     a, b, output = operands()
-    with launch_path.stubbed():
+    with a_gpu():
         gemm.matmul(a, b, output)
         gemm.matmul(a.clone(), b.clone(), output.clone())
         assert len(gemm._plans.held) == 1
@@ -71,10 +71,34 @@ def test_only_calls_of_one_kind_share_a_plan():
 def test_plans_of_shapes_that_never_come_again_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(launch, "MOST_PLANS", 3)
     a, b, output = operands()
-    with launch_path.stubbed():
+    with a_gpu():
         for rows in range(1, 9):
             gemm.matmul(a[:rows], b, output[:rows])
             assert len(gemm._plans.held) <= 3
+
+
+def test_a_kernel_of_one_device_is_never_started_on_another(monkeypatch):
+    a, b, output = operands()
+    with a_gpu() as machine:
+        for device, bound in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 2)):
+            monkeypatch.setattr(launch, "current", lambda device=device: (device, 0))
+            gemm.matmul(a, b, output)
+            assert machine.bound == bound
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profilers_hooks_are_called(monkeypatch, hook):
+    """A start that somebody hooked goes through Triton, which calls the hook."""
+    a, b, output = operands()
+    with a_gpu() as machine:
+        for _ in range(2):
+            gemm.matmul(a, b, output)
+        assert machine.bound == 1
+        for listening in (SimpleNamespace(calls=[print]), print):  # a chain of hooks; one, as it used to be
+            before = machine.bound
+            monkeypatch.setattr(launch.triton.knobs.runtime, hook, listening)
+            gemm.matmul(a, b, output)
+            assert machine.bound == before + 1
 
 
 def test_descriptors_get_memory_in_any_thread_and_the_users_allocator_stays():
@@ -84,35 +108,44 @@ def test_descriptors_get_memory_in_any_thread_and_the_users_allocator_stays():
     def start(*args, **meta):
         during.append(allocation._allocator.get())
 
-    with mock.patch.object(launch, "launch", start):
-        Repeated(object(), (1,), scratch=True)()
-        Repeated(object(), (1,))()
-    assert during == [launch._allocate, before] and allocation._allocator.get() is before
+    with mock.patch.object(launch, "launch", start), contextlib.suppress(AttributeError):
+        kernel = SimpleNamespace(arg_names=[])
+        Repeated(kernel, (1,), scratch=True)()
+        Repeated(kernel, (1,))()
+    handles = (None, start, (1, 1, 1), 0, ())
+    launch.Start(*handles, (), True)(0, ())
+    launch.Start(*handles, (), False)(0, ())
+    ours = launch._allocate
+    assert during == [ours, before, ours, before] and allocation._allocator.get() is before
 
 
-def test_host_time_is_measured_and_small(tmp_path, capsys, monkeypatch):
-    """10 µs a kernel is the aim on a quiet machine; ten times that is what a busy one must still reach."""
-    monkeypatch.setattr(launch_path, "CALLS", 50)
-    monkeypatch.setattr(launch_path, "ROUNDS", 5)
-    assert launch_path.main(["--out", str(tmp_path / "l.json")]) == 0
-    held = json.loads((tmp_path / "l.json").read_text())
-    assert 0 < held["microseconds"]["matmul"] < 100 and "linear_act forward" in capsys.readouterr().out
-    assert all(op["own_a_kernel"] < 100 for op in held["ops"].values())
-    kernels = {name: op["kernels"] for name, op in held["ops"].items()}
-    assert kernels["linear_act forward"] == kernels["qkv_linear forward"] == 1
-    assert kernels["mlp forward"] == kernels["gated_mlp forward"] == 2
-
-
-@pytest.mark.parametrize("name", launch_path.cases())
-def test_a_second_call_settles_nothing_again(name):
+@pytest.mark.parametrize(
+    "name", [name for name in launch_path.cases(torch.device("cpu")) if "eager" not in name]
+)
+def test_a_fourth_call_settles_nothing_again(name):
     """No plan is made, and no kernel goes through Triton's binder, where nothing has changed."""
-    op, _, args = launch_path.cases()[name]
-    started = []
-    with launch_path.stubbed(), torch.no_grad():
-        with mock.patch.object(launch, "launch", lambda *args, **meta: started.append(args) or Compiled()):
-            op(*args)
-        first, plans = len(started), [len(plans.held) for plans in launch_path.PLANS]
-        before = Compiled.starts
-        op(*args)
-        assert [len(plans.held) for plans in launch_path.PLANS] == plans
-        assert first and len(started) == first and Compiled.starts > before
+    with a_gpu() as machine:
+        call = launch_path.cases(torch.device("cpu"))[name]
+        bound = []
+        for _ in range(5):
+            outputs = call()
+            outputs = [y for y in (outputs if isinstance(outputs, tuple) else [outputs]) if y.requires_grad]
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+            bound.append((machine.bound, machine.starts))
+    assert bound[2][0] == bound[3][0] == bound[4][0] and bound[4][1] > bound[3][1] > bound[2][1]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_host_time_is_measured_and_small(tmp_path):
+    """By Triton's own launcher, in a process of its own. Forward 40 µs and backward 80 are the aim on a quiet
+    machine; five times that is what a busy one must still reach."""
+    out = tmp_path / "launch_path.json"
+    arguments = ["--ops", "add_layer_norm", "linear_act", "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.launch_path", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    held = json.loads(out.read_text())["ops"]
+    assert "linear_act" in done.stdout and held["linear_act"]["forward_kernels"] == 1
+    assert held["add_layer_norm"]["backward_kernels"] == 2
+    assert all(0 < op["forward"] < 200 and 0 < op["backward"] < 400 for op in held.values())

@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from fusekit.kernels import tape
+
 SANITIZER = "ttsem" in sys.modules
 
 if not torch.cuda.is_available():  # the sanitizer makes it True
@@ -20,3 +22,9 @@ def device() -> str:
 def sanitizer() -> bool:
     """Whether kernels run in the sanitizer: a hundred times slower, and deterministic by construction."""
     return SANITIZER
+
+
+@pytest.fixture(autouse=True)
+def no_tapes() -> None:
+    """A test that changes how an op chooses must not meet what an earlier one has settled."""
+    tape.forget()

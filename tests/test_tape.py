@@ -1,0 +1,437 @@
+"""Ops played from their tapes: the same kernels of the same addresses, and another tape for another kind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusekit.kernels import OPS, add_layer_norm, launch, linear_act, linear_gpu, tape, tape_watch, times_file
+from fusekit.kernels._triton import HAS_TRITON
+from tests.tape_checks import Machine, a_gpu
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+DTYPES = (torch.bfloat16, torch.float32)
+fusekit = torch.ops.fusekit
+
+
+def fresh(x: Any) -> Any:
+    """A copy in memory of its own, laid out and aligned alike."""
+    if not isinstance(x, Tensor):
+        return [fresh(item) for item in x] if isinstance(x, list) else x
+    memory = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
+    memory.untyped_storage().copy_(x.untyped_storage())
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
+
+
+def results_of(op: Any, args: Any) -> list[Tensor]:
+    """Results and gradients of one call."""
+    returned = op.fused(*args)
+    results = list(returned) if isinstance(returned, tuple) else [returned]
+    wanted = [y for y in results if y.requires_grad]
+    if wanted:
+        inputs = [x for x in tape_watch.tensors_in(args) if x.requires_grad]
+        grads = torch.autograd.grad(wanted, inputs, [torch.ones_like(y) for y in wanted], allow_unused=True)
+        results += [g for g in grads if g is not None]
+    return results
+
+
+def does(machine: Machine, op: Any, args: Any, played: bool) -> Any:
+    """What a call does, and how its results lie."""
+    with machine.logging(args, played) as log:
+        results = results_of(op, args)
+        log.alive += results
+        return log.entries, [log.where(x) for x in results]
+
+
+def tapes() -> int:
+    return sum(len(taped.tapes) for taped in tape._every)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_a_tape_does_what_the_op_does(name: str, dtype: torch.dtype) -> None:
+    """Same starts and operators, in order, of the same memory, though every tensor is another one."""
+    op, played = OPS[name], 0
+    for sample in op.samples("cpu", dtype):
+        if sample.bench:
+            continue
+        with a_gpu() as machine:
+            for _ in range(3):
+                results_of(op, sample.args)
+            played += tapes()
+            args = [fresh(x) for x in sample.args]
+            assert does(machine, op, args, True) == does(machine, op, args, False), sample.name
+    assert played
+
+
+M, K, N = 32, 64, 48
+
+
+def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    return torch.randn(M, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers, one element behind where 16 bytes load at once."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+def test_only_calls_of_one_kind_share_a_tape() -> None:
+    x, weight = operands()
+    bias, residual = torch.randn(N).to(x.dtype), torch.randn(M, N).to(x.dtype)
+    kinds: list[tuple[Any, ...]] = [
+        (x, weight),
+        operands(torch.float16),
+        operands(torch.float32),
+        (*operands(torch.float32), None, None, "none", True),  # tf32
+        (x[:16], weight),
+        (x, torch.randn(N + 1, K).to(x.dtype)),
+        (x.t().contiguous().t(), weight),
+        (x, weight.t().contiguous().t()),
+        (shifted(x), weight),
+        (x, shifted(weight)),
+        (x, weight, bias),
+        (x, weight, None, residual),
+        (x, weight, bias, shifted(residual)),
+        (x, weight, bias, residual.t().contiguous().t()),
+        (x, weight, None, None, "relu"),
+        (x, weight, None, None, "silu"),
+        (x.view(4, 8, K), weight),
+    ]
+    op = OPS["linear_act"]
+    with a_gpu() as machine, torch.no_grad():
+        for number, args in enumerate(kinds):
+            for _ in range(4):
+                op.fused(*args)
+            assert tapes() == number + 1
+        for args in reversed(kinds):
+            again = [fresh(x) for x in args]
+            assert does(machine, op, again, True) == does(machine, op, again, False)
+        assert tapes() == len(kinds)
+
+
+def test_what_was_one_tensor_may_be_two() -> None:
+    """x + mlp(x) is watched with one tensor in both places."""
+    op = OPS["linear_act"]
+    x, weight = torch.randn(M, N).bfloat16(), torch.randn(N, N).bfloat16()
+    with a_gpu() as machine:
+        for _ in range(4):
+            op.fused(x, weight, None, x)
+        args = [fresh(x), weight, None, fresh(x)]
+        assert does(machine, op, args, True) == does(machine, op, args, False)
+        with machine.logging(args, True) as log:
+            op.fused(*args)
+        assert log.entries[0][2][0] != log.entries[0][2][4]  # a_ptr and residual_ptr
+        assert tapes() == 1
+
+
+def test_the_switch_for_tf32_is_part_of_the_kind() -> None:
+    args = operands(torch.float32)
+    with a_gpu(), torch.no_grad():
+        for expected, on in enumerate((False, True), 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(linear_gpu, "use_tf32", lambda x, tf32, on=on: on)
+                for _ in range(4):
+                    fusekit.linear_act(*args)
+            assert tapes() == expected
+
+
+def test_a_first_call_is_noted_a_second_watched_a_third_compared_a_fourth_played() -> None:
+    args = operands()
+    with a_gpu() as machine, torch.no_grad():
+        found = []
+        for _ in range(5):
+            fusekit.linear_act(*args)
+            found.append((machine.bound, machine.starts, tapes()))
+    # (the third is started past Triton's binder by both: launch.Repeated)
+    assert found == [(1, 1, 0), (2, 2, 0), (2, 4, 1), (2, 5, 1), (2, 6, 1)]
+
+
+def played_wrongly(x: Tensor) -> Tensor:
+    """What a tape would keep of this is the number that it saw."""
+    count.append(1)
+    return x * len(count)
+
+
+count: list[int] = []
+
+
+def test_a_tape_that_computes_other_bits_is_never_played() -> None:
+    count.clear()
+    same_bits, taped = tape.same_bits, tape.Taped(played_wrongly, name="counting")
+    try:
+        with a_gpu(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tape, "same_bits", same_bits)
+            results = [taped(torch.ones(2)).tolist() for _ in range(2)]
+            with pytest.warns(UserWarning, match="counting: played, it computed other bits"):
+                results.append(taped(torch.ones(2)).tolist())
+            results += [taped(torch.ones(2)).tolist() for _ in range(3)]
+            assert results == [[float(n)] * 2 for n in range(1, 7)] and not taped.tapes and taped.noted
+    finally:
+        tape._every.remove(taped)
+
+
+@pytest.mark.parametrize("other", ["last bit", "NaN", "shape", "strides", "dtype"])
+def test_same_bits_sees(other: str) -> None:
+    x = torch.randn(3, 4).bfloat16()
+    x[1, 1] = torch.nan
+    assert tape.same_bits((x, [x.t()]), (x.clone(), [x.clone().t()]))
+    spoilt = {
+        "last bit": (x.view(torch.int16) ^ torch.eye(3, 4, dtype=torch.int16)).view(torch.bfloat16),
+        "NaN": x.nan_to_num(),
+        "shape": x[:, :3],
+        "strides": x.t().contiguous().t(),
+        "dtype": x.half(),
+    }[other]
+    assert not tape.same_bits([x], [spoilt])
+
+
+def test_no_memory_for_results_twice_leaves_the_comparison_to_another_call(monkeypatch) -> None:
+    args = operands()
+    with a_gpu() as machine, torch.no_grad():
+        for _ in range(2):
+            fusekit.linear_act(*args)
+
+        def full(*_: Any) -> Tensor:
+            raise torch.OutOfMemoryError("simulated")
+
+        (kind,) = (t for t in tape._every if t.unproved)
+        (key,) = kind.unproved
+        whole = kind.unproved[key]
+        kind.unproved[key] = whole._replace(play=full)
+        assert fusekit.linear_act(*args).shape == (M, N) and tapes() == 0
+        kind.unproved[key] = whole
+        fusekit.linear_act(*args)
+        assert tapes() == 1 and machine.starts == 5
+
+
+def test_what_is_written_to_is_written_once_a_call_and_compared() -> None:
+    """The third call is computed twice; of its argument nobody may notice."""
+
+    def run(x: Tensor, total: Tensor) -> Tensor:
+        total += x
+        return x * 2
+
+    same_bits, total = tape.same_bits, torch.zeros(3)
+    taped = tape.Taped(run, writes=(1,))
+    try:
+        with a_gpu(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tape, "same_bits", same_bits)
+            for number in range(1, 7):
+                assert torch.equal(taped(torch.ones(3), total), torch.full((3,), 2.0))
+                assert torch.equal(total, torch.full((3,), float(number)))
+            assert taped.tapes
+    finally:
+        tape._every.remove(taped)
+
+
+def test_arguments_that_ops_write_to_are_known() -> None:
+    writes = {taped.name: taped.writes for taped in tape._every if taped.writes}
+    assert {"feed_forward_backward_over_saved", "linear_fp8_forward", "linear_fp8_backward"} <= writes.keys()
+    assert writes["feed_forward_backward_over_saved"] == (4,)
+
+
+def test_tapes_can_be_switched_off(monkeypatch) -> None:
+    monkeypatch.setattr(tape, "ENABLED", False)
+    args = operands()
+    with a_gpu(), torch.no_grad():
+        for _ in range(5):
+            fusekit.linear_act(*args)
+        assert tapes() == 0
+
+
+def test_nothing_is_watched_or_compared_while_a_graph_is_captured(monkeypatch) -> None:
+    monkeypatch.setattr(tape, "_capturing", lambda: True)
+    args = operands()
+    with a_gpu(), torch.no_grad():
+        for _ in range(5):
+            fusekit.linear_act(*args)
+        assert tapes() == 0 and not any(taped.unproved or taped.noted for taped in tape._every)
+
+
+def test_results_are_new_each_time() -> None:
+    args = operands()
+    with a_gpu(), torch.no_grad():
+        results = [fusekit.linear_act(*args) for _ in range(5)]
+    assert len({y.data_ptr() for y in results}) == 5
+
+
+def test_bad_input_is_refused_though_there_is_a_tape() -> None:
+    x, weight = operands()
+    q, table = torch.randn(1, 2, 8, 16).bfloat16(), torch.randn(1, 1, 8, 16).bfloat16()
+    with a_gpu(), torch.no_grad():
+        for _ in range(4):
+            fusekit.linear_act(x, weight)
+            fusekit.rope(q, table, table.clone())
+        assert tapes() == 2
+        with pytest.raises(ValueError, match=r"linear_act: x .* differ in input features"):
+            fusekit.linear_act(x, weight[:, :-1])
+        with pytest.raises(ValueError, match=r"linear_act: .*weight is"):
+            fusekit.linear_act(x, weight.half())
+        with pytest.raises(ValueError, match="rope: cos and sin need a gradient"):
+            fusekit.rope(q, table.clone().requires_grad_(), table)
+
+
+class Wrapped(Tensor):
+    pass
+
+
+def unplayed(taped: tape.Taped, args: tuple[Any, ...]) -> bool:
+    return taped.played(args) is None
+
+
+def test_tensors_that_are_not_plain_are_never_played() -> None:
+    x, weight = operands()
+    args = (x, weight, None, None, "none", False, False)
+    with a_gpu(), torch.no_grad():
+        for _ in range(4):
+            linear_act.forward_op(*args)
+        taped = linear_act.forward_op.taped
+        assert taped.played(args) is not None
+        assert unplayed(taped, (x.as_subclass(Wrapped), *args[1:]))
+        assert unplayed(taped, (torch._neg_view(x), *args[1:]))
+        assert unplayed(taped, (torch._efficientzerotensor(x.shape, dtype=x.dtype), *args[1:]))
+
+
+def test_nobody_who_listens_misses_a_call() -> None:
+    asked: list[Any] = []
+    x, weight = operands()
+    args = (x, weight, None, None, "none", False, False)
+    with a_gpu(), torch.no_grad():
+        for _ in range(4):
+            linear_act.forward_op(*args)
+        taped = linear_act.forward_op.taped
+        with torch.utils._python_dispatch.TorchDispatchMode():
+            assert unplayed(taped, args)
+        torch.func.vmap(lambda t: asked.append(taped.played(args)) or t)(torch.zeros(2))
+        assert asked == [None]
+        with launch.record():
+            assert unplayed(taped, args)
+        for name in ("launch_enter_hook", "launch_exit_hook"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(launch.triton.knobs.runtime, name, SimpleNamespace(calls=[print]))
+                assert unplayed(taped, args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "current", lambda: (1, 0))  # another device is the current one
+            assert unplayed(taped, args)
+        assert not unplayed(taped, args)
+
+
+def test_what_reads_a_value_is_run_each_time() -> None:
+    calls = []
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(float(x.sum()))
+        return x + calls[-1]
+
+    taped = tape.Taped(run)
+    try:
+        with a_gpu():
+            for number in range(1, 5):
+                assert taped(torch.full((4,), float(number))).tolist() == [5.0 * number] * 4
+        assert calls == [4.0, 8.0, 12.0, 16.0]
+    finally:
+        tape._every.remove(taped)
+
+
+def test_operators_of_pytorch_are_played_on_the_calls_own_tensors() -> None:
+    """Views, copies and several results, of other values each time."""
+
+    def run(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        calls.append(1)
+        top, index = x.t()[1:].contiguous().max(1)
+        empty = x.new_empty(2, 2)
+        empty.copy_(x[:2, :2])
+        return top, [index, empty.t()]
+
+    calls: list[int] = []
+    taped = tape.Taped(run)
+    try:
+        with a_gpu():
+            for _ in range(5):
+                x = torch.randn(4, 5)
+                top, (index, corner) = taped(x)
+                found = x[:, 1:].max(0)
+                assert torch.equal(top, found.values) and torch.equal(index, found.indices)
+                assert torch.equal(corner, x[:2, :2].t())
+        assert len(calls) == 3
+    finally:
+        tape._every.remove(taped)
+
+
+def test_autocast_casts_nothing_within_an_op() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    taped = tape.Taped(tape_watch.without_autocast(lambda x, weight: x @ weight))
+    try:
+        with a_gpu(), torch.autocast("cpu", torch.bfloat16):
+            results = [taped(x, weight) for _ in range(5)]
+            assert tapes() == 1
+        with torch.no_grad():
+            assert all(torch.equal(y, x @ weight) for y in results)
+    finally:
+        tape._every.remove(taped)
+
+
+def test_an_op_computes_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = operands()
+    current = []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        yield
+
+    with a_gpu(), torch.no_grad():
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device", device)
+        fusekit.linear_act(x, weight)
+        assert current == [x.device]
+
+
+def test_measured_times_make_ops_choose_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(times_file, "_path", lambda suite, name: tmp_path / "times.json")
+    args = operands()
+    with a_gpu(), torch.no_grad():
+        for _ in range(4):
+            fusekit.linear_act(*args)
+        assert tapes() == 1
+        times_file.record("attention", torch.device("cpu"), "any", {"own kernel": 1.0})
+        assert tapes() == 0
+
+
+def test_sizes_that_never_come_again_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "MOST_TAPES", 3)
+    x, weight = operands()
+    with a_gpu(), torch.no_grad():
+        for rows in range(1, 9):
+            for _ in range(4):
+                fusekit.linear_act(x[:rows], weight)
+            taped = linear_act.forward_op.taped
+            assert len(taped.tapes) <= 3 and len(taped.noted) <= 3
+
+
+def test_a_backward_pass_of_saved_tensors_from_elsewhere_is_another_kind() -> None:
+    """An offloader may give back what it was given in other memory, aligned otherwise."""
+    x, residual = (torch.randn(4, 8, 65).bfloat16().requires_grad_() for _ in range(2))
+    weight = torch.ones(65).bfloat16().requires_grad_()
+    backward = add_layer_norm._backward.taped
+
+    def step() -> None:
+        y, h = fusekit.add_layer_norm(x, residual, weight, None, 1e-5)
+        (y + h).sum().backward()
+
+    with a_gpu():
+        for _ in range(4):
+            step()
+        found = len(backward.tapes)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, shifted):
+            for _ in range(4):
+                step()
+        assert len(backward.tapes) == found + 1
