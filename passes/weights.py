@@ -236,17 +236,18 @@ def _held(copy: _Copy | None, parameter: Tensor) -> Held:
 
 
 def _record(copy: _Copy | None, parameter: Tensor, parts: tuple[Tensor, ...]) -> _Copy:
-    seen = (
-        copy is not None
-        and copy.parameter() is parameter
-        and (copy.updates_seen or copy.steps != _optimizer_steps or copy.version != parameter._version)
-    )
-    idle = copy.idle_users if copy is not None and copy.parts is parts else _users(parts[0])
-    state = parameter.data_ptr(), parameter._version, _optimizer_steps
-    new = _Copy(parts, parameter.shape, weakref.ref(parameter), *state)
-    new.updates_seen, new.sample, new.idle_users = seen, _sample(parameter), idle
-    _open_window(new, parameter)
-    return new
+    """What is known of the copy now; the same record where it was written to in place."""
+    known = copy is not None and copy.parameter() is parameter
+    seen = copy is not None and known and (
+        copy.updates_seen or copy.steps != _optimizer_steps or copy.version != parameter._version
+    )  # fmt: skip
+    if copy is None or not known or copy.parts is not parts:
+        idle = copy.idle_users if copy is not None and copy.parts is parts else _users(parts[0])
+        copy = _Copy(parts, parameter.shape, weakref.ref(parameter), idle_users=idle)
+    copy.address, copy.version, copy.steps = parameter.data_ptr(), parameter._version, _optimizer_steps
+    copy.updates_seen, copy.sample = seen, _sample(parameter)
+    _open_window(copy, parameter)
+    return copy
 
 
 def _can_overwrite(copy: _Copy, parameter: Tensor) -> bool:
