@@ -35,6 +35,8 @@ class AutoPrecision:
     across_ranks: decide on the worst statistics of all ranks of torch.distributed's default group; False
         where ranks hold different layers.
     edge_blocks, keep: as of Recipe: what stays in bf16 whatever the statistics say.
+    delayed, history, margin: as of Recipe, of layers with one scale a tensor. A layer that comes to FP8 has
+        no history, and its first step takes each tensor's own scale.
 
     A step is one optimizer step, however many micro-batches it has; the first of them is sampled.
     """
@@ -50,6 +52,9 @@ class AutoPrecision:
     across_ranks: bool = True
     edge_blocks: int = 0
     keep: tuple[str, ...] = ()
+    delayed: bool = False
+    history: int = 1024
+    margin: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("mode", MODES), ("fine", tuple(FINE))):
@@ -71,7 +76,10 @@ class AutoPrecision:
 
     def recipe(self) -> Recipe:
         """The coarsest level, with what stays in bf16; Recipe checks the latter."""
-        return Recipe(edge_blocks=self.edge_blocks, keep=self.keep)
+        return Recipe(
+            edge_blocks=self.edge_blocks, keep=self.keep, delayed=self.delayed, history=self.history,
+            margin=self.margin,
+        )  # fmt: skip
 
     @property
     def interval(self) -> int:

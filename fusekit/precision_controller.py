@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fusekit.auto_precision import AutoPrecision
 from fusekit.kernels.precision_statistics import PRODUCTS, STATISTICS, WORST
+from fusekit.kernels.recipe import Recipe
 from fusekit.passes.cost import emulates_fp8
 from fusekit.passes.region import Levels
 from fusekit.passes.sampling import Key, Samples
@@ -72,6 +73,8 @@ class PrecisionController:
         self._owner: Callable[[], Session | None] = lambda: None
         self._starts_emulated = _lacks_fp8(model)
         self._told: tuple[Any, ...] = ()
+        self._in_step = False
+        self._some_step = False  # of the ranks, and others not: then none waits for them in `step`
 
     def attach(self, session: Session) -> None:
         """`optimize` says whose precision it is; the session owns the controller."""
@@ -139,7 +142,22 @@ class PrecisionController:
         if self.config.guard and not (loss is None and gradient_norm is None):
             self._guard.add((loss, gradient_norm))
         self._watch.updated = True
-        self._conclude()
+        if not self._some_step:
+            self._in_step = True
+            try:
+                self._conclude()
+            finally:
+                self._in_step = False
+
+    def revert(self, layers: Mapping[str, str]) -> None:
+        """Take layers out of FP8 for good: `verify` found why."""
+        for name, why in layers.items():
+            for product, unit in self._layers[name].units.items():
+                if unit.level < BF16:
+                    left = level_name(unit.level, self.fine)
+                    unit.revert(f"reverted by verify: {why}", self._step)
+                    self._note(name, product, left, level_name(BF16, self.fine), unit.reason)
+        self._apply()
 
     def before_call(self) -> None:
         session = self._session
@@ -203,11 +221,14 @@ class PrecisionController:
         self.changes = [dict(change) for change in state["changes"]]
         self._samples = None
         _release(self._session)  # a call that raised left its recorder behind
-        self._apply()
+        self._apply(resumed=True)
 
-    def _apply(self) -> None:
+    def _apply(self, *, resumed: bool = False) -> None:
         """Tell the model's graphs the levels, and build those again whose layers changed."""
         session, levels, self._told = self._session, self.levels(), self._tellable
+        before, scales = session.settings.levels, session.settings.scales
+        if scales is not None and before is not None and not resumed:
+            scales.forget({n for n in levels.tokens if _by_tensor(levels, n) and not _by_tensor(before, n)})
         session.settings = session.capture.settings = replace(session.settings, levels=levels)
         for captured in session.regions:
             captured.replan(session.settings)
@@ -309,9 +330,13 @@ class PrecisionController:
 
     def _joined(self, found: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """The worst of all ranks, which may have run different layers, as layer dropout does."""
-        ranks: list[dict[Key, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, {key: self._layers[key[0]].shape for key in found})
-        shapes = {key: shape for of_rank in ranks for key, shape in of_rank.items()}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        seen = {key: self._layers[key[0]].shape for key in found}
+        dist.all_gather_object(ranks, (seen, self._in_step))
+        self._some_step = self._some_step or len({in_step for _, in_step in ranks}) > 1
+        shapes: dict[Key, tuple[int, int]] = {}
+        for of_rank, _ in ranks:
+            shapes |= of_rank
         if not shapes:
             return {}
         for (name, _), shape in shapes.items():
@@ -356,6 +381,12 @@ class PrecisionController:
 def _lacks_fp8(model: nn.Module) -> bool:
     parameter = next(model.parameters(), None)
     return parameter is None or emulates_fp8(parameter)
+
+
+def _by_tensor(levels: Levels, layer: str) -> bool:
+    """Whether a layer has one scale a tensor, of which a history may be kept."""
+    token = levels.token(layer)
+    return token is not None and Recipe.parse(token).scaling == "tensor"
 
 
 def _places(session: Session) -> list[Capture | CapturedRegion]:

@@ -42,8 +42,9 @@ class Guard:
         """So far. Waits for the device, where there is something to wait for.
 
         joined_on: the device of all ranks' sum, which the backend has to support; None: of this one alone.
+            All ranks have to ask, also those that were told of no loss.
         """
-        if not self.fed:
+        if not self.fed and joined_on is None:
             return 0
         found = self.state[:, _ALARMS].sum()
         if joined_on is not None:  # their losses differ, and their precision must not

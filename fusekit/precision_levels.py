@@ -141,6 +141,11 @@ class Unit:
             self.reason = "within FP8's margins"
         return may_promote and self._try_promotion(verdicts, window)
 
+    def revert(self, reason: str, window: int) -> None:
+        """To bf16, and never back."""
+        self._move(BF16, reason, window)
+        self.flips = MOST_FLIPS
+
     def _try_promotion(self, verdicts: Sequence[Verdict], window: int) -> bool:
         if self.level == TENSOR or self.pinned:
             return False

@@ -51,12 +51,14 @@ def certify(opened: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         opened.model(*args, **kwargs)  # captures, where this kind of batch is new
         with _watching(opened) as sites:
             opened.model(*args, **kwargs)
-    judged = []
+    judged, in_fp8 = [], {}
     for captured in opened.regions:
         own = [site for (owner, _), site in sites.items() if owner is captured]
         bad = {site.site: _why_reverted(site) for site in own}
         bad = {name: why for name, why in bad.items() if why}
         if bad:
+            in_fp8 |= {f.layer: bad[f.site] for f in captured.region.fusions
+                       if f.site in bad and f.op == "linear_fp8" and f.layer}  # fmt: skip
             captured.rebuild(captured.disabled_sites | set(bad))
             captured.reverted |= {
                 s.site: Refusal(
@@ -67,6 +69,8 @@ def certify(opened: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
             }
         _record_gains(captured, own)
         judged += [replace(s, reverted=True, reason=bad[s.site]) if s.site in bad else s for s in own]
+    if in_fp8 and opened.precision is not None:
+        opened.precision.revert(in_fp8)
     for site in judged:
         if not site.ok:
             warnings.warn(

@@ -120,7 +120,7 @@ def measured(rows: Tensor, columns: Tensor) -> Sample:
 def output_statistics(x: Sample, weight: Sample, recipe: Recipe, scale: Tensor | None = None) -> Tensor:
     """Of x w^T. weight: sampled in blocks of its rows, the output features.
 
-    scale: (3,) float32 of earlier steps, where the recipe has delayed scales.
+    scale: (3,) float32 of earlier steps, where the recipe has delayed scales; 0 where no step was seen.
     """
     a = _operand(x, recipe, 0, _stale(scale, 0, x))
     b = _operand(weight, recipe, 1, _stale(scale, 1, weight))
@@ -159,14 +159,15 @@ def _operand(
     group = group_of(recipe, (seen.shape[0], seen.shape[1]), weight=which == 1)
     scale = None
     if stale is not None:
-        scale = stale.reshape(1, 1)
+        own = scale_of(of.top.reshape(1, 1), dtype)
+        scale = torch.where(stale > 0, stale, own[0, 0]).reshape(1, 1)
     elif recipe.scaling == "tensor":
         scale = scale_of(of.top.reshape(1, 1), dtype)
     elif recipe.scaling == "row" and transposed:
         scale = scale_of(of.columns, dtype)[:, None]
     saturated = seen.new_zeros((), dtype=torch.float32)
-    if stale is not None:
-        saturated = (seen.float().abs() * stale > LARGEST[dtype]).float().mean()
+    if stale is not None and scale is not None:
+        saturated = (seen.float().abs() * scale > LARGEST[dtype]).float().mean()
     return _Operand(seen, _through_fp8(seen, dtype, group, scale), saturated, IDEAL_SNR[dtype])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,7 @@ class CapturedRegion:
     def replan(self, settings: Settings) -> None:
         """Run the pipeline again with other levels. Sites that `verify` reverted stay so.
 
-        They are found again by layer, or by op, rule and line: names count sites, which levels change.
+        They are found again by layer, or by op, rule, line and module: names count sites, which change.
         """
         old, self._settings = self._settings, settings
         if _same_levels(old.levels, settings.levels, self.region.layers):
@@ -85,10 +86,10 @@ class CapturedRegion:
         if reverted:
             self._settings = old
             self._build(frozenset(), in_frame=False)
-            marks = {_mark(f): self.reverted.get(f.site) for f in self.region.fusions if f.site in reverted}
+            marks = {m: self.reverted.get(f.site) for m, f in _marked(self.region) if f.site in reverted}
             self._settings = settings
         self._build(frozenset(), in_frame=False)
-        again = {f.site: marks[_mark(f)] for f in self.region.fusions if _mark(f) in marks}
+        again = {f.site: marks[mark] for mark, f in _marked(self.region) if mark in marks}
         self.reverted = {site: refusal for site, refusal in again.items() if refusal is not None}
         if again:
             self._build(frozenset(again), in_frame=False)
@@ -115,9 +116,15 @@ def _same_levels(old: Levels | None, new: Levels | None, layers: Iterable[str]) 
     return old.watched == new.watched and all(old.token(name) == new.token(name) for name in layers)
 
 
-def _mark(fusion: Fusion) -> tuple[str, ...]:
-    """What tells a site from others whatever they are."""
-    return (fusion.layer,) if fusion.layer else (fusion.op, fusion.rule, fusion.location)
+def _marked(region: Region) -> list[tuple[tuple[Any, ...], Fusion]]:
+    """Each site with what tells it from others whatever they are: equal ones in a loop by their number."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    found: list[tuple[tuple[Any, ...], Fusion]] = []
+    for fusion in region.fusions:
+        mark = (fusion.op, fusion.layer or fusion.rule, fusion.location, fusion.module)
+        found.append(((*mark, seen[mark]), fusion))
+        seen[mark] += 1
+    return found
 
 
 @dataclass(kw_only=True)

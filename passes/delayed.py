@@ -17,7 +17,7 @@ for the device, and all state stays at its address.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
@@ -71,6 +71,15 @@ class ModelScales:
             return self._layers[index][0], self._scratch
         self.group = self.group or _compat.active_ddp_group()
         return self._layers[index]
+
+    def forget(self, layers: Collection[str]) -> None:
+        """Begin anew for the weights of modules of these names, whose values are not those of long ago."""
+        chosen = [i for i, name in enumerate(self.names) if name.removesuffix(".weight") in layers]
+        if self._state is not None:
+            for i in chosen:
+                slots = slice(SLOTS * i, SLOTS * (i + 1))
+                for t in self._state.state_dict().values():
+                    t.data[slots].zero_()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -73,15 +73,28 @@ def weight_shape(match: Match) -> tuple[int, int]:
     return _weight_shape(match.arguments["weight"])
 
 
+def weight_name(match: Match) -> str:
+    """The graph input that a layer's weight is made of: in a checkpoint's body too it is named for the
+    Parameter."""
+    node = match.arguments["weight"]
+    node = node.args[0] if isinstance(node, New) else node
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.name
+
+
 def module_name(match: Match, settings: Settings) -> str:
     """The layer's name in the model, as named_modules has it; "" where no module is around it."""
-    for node in match.nodes:
-        if spell(node).name not in _PRODUCTS:
-            continue
-        for key, (path, _) in reversed((node.meta.get("nn_module_stack") or {}).items()):
-            if key in settings.modules:
-                return settings.modules[key]
-            return str(path).removeprefix("L['self']").lstrip(".")
+    products = (node for node in match.nodes if spell(node).name in _PRODUCTS)
+    return next(filter(None, (around(node, settings) for node in products)), "")
+
+
+def around(node: fx.Node, settings: Settings) -> str:
+    """The name of the innermost module around a node."""
+    for key, (path, _) in reversed((node.meta.get("nn_module_stack") or {}).items()):
+        if key in settings.modules:
+            return settings.modules[key]
+        return str(path).removeprefix("L['self']").lstrip(".")
     return ""
 
 

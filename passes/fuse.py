@@ -16,7 +16,15 @@ from fusekit.kernels import FP8_OPS, OPS
 from fusekit.passes import fp8_attention
 from fusekit.passes.canonicalise import bodies, location
 from fusekit.passes.cost import hint
-from fusekit.passes.fp8_sites import is_layer, module_name, product_of, weight_shape, why_kept
+from fusekit.passes.fp8_sites import (
+    around,
+    is_layer,
+    module_name,
+    product_of,
+    weight_name,
+    weight_shape,
+    why_kept,
+)
 from fusekit.passes.fused_call import (
     as_tuple,
     differs,
@@ -38,6 +46,7 @@ from fusekit.passes.spelling import spell, value_of
 from fusekit.passes.strict import refuse_leftovers
 
 ALL_OPS = OPS | FP8_OPS
+STAYS = "stays in high precision: "
 
 
 def fuse(region: Region) -> None:
@@ -112,13 +121,15 @@ class _Fuser:
         if reason is None:
             reason = self.apply(match) if settings.levels is None else self.apply_level(match)
         if reason is not None and match.rule is fp8.BARE:
-            self.region.refuse("linear_fp8", _location(match), f"stays in high precision: {reason}")
+            layer = product_of(match).meta.get("layer", "")
+            told = layer if settings.levels and reason == settings.levels.reason(layer) else ""
+            self.region.refuse("linear_fp8", _location(match), STAYS + reason, layer=told)
 
     def apply_level(self, match: Match) -> str | None:
         """A layer at the level its plan gives it; in bf16 a watched one keeps a site of its own."""
         levels, nodes = self.region.settings.levels, {*match.nodes, *match.outputs}
         assert levels is not None
-        layer = module_name(match, self.region.settings) or _location(match)
+        layer = self.name_layer(match)
         if self.rewriter.gone & nodes:
             return None  # decided with its activation
         if reason := self.unsupported(match):
@@ -138,6 +149,16 @@ class _Fuser:
         if levels.watched:
             self.rewriter.gone.update(nodes)
         return levels.reason(layer)
+
+    def name_layer(self, match: Match) -> str:
+        """The module's name, or the line; numbered where it multiplies by several weights."""
+        name = module_name(match, self.region.settings) or _location(match)
+        weights = self.region.layer_weights.setdefault(name, [])
+        own = weight_name(match)
+        if own not in weights:
+            weights.append(own)
+        number = weights.index(own) + 1
+        return name if number == 1 else f"{name}#{number}"
 
     def attention(self, match: Match) -> Match:
         """The match with FP8 products, where the recipe asks for them and the site allows it."""
@@ -239,6 +260,7 @@ class _Fuser:
             eager=eager,
             inputs=inputs,
             layer=self.layer_of(match),
+            module=around(match.root, self.region.settings),
         )
 
     def layer_of(self, match: Match) -> str:

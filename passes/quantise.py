@@ -119,10 +119,11 @@ class _Graph:
 
     def give_weight(self, layer: fx.Node) -> None:
         source, transposed = self.parameter_of(layer.args[1])
-        if source is None or source.meta["val"].dim() != 2:
-            self.inputs.without_history += 1
-        elif self.region.settings.scales is not None:
-            self.give_scales(layer, source)
+        if Recipe.parse(str(layer.args[4])).scaling == "tensor":  # a plan has layers of other scales as well
+            if source is None or source.meta["val"].dim() != 2:
+                self.inputs.without_history += 1
+            elif self.region.settings.scales is not None:
+                self.give_scales(layer, source)
         if source is None:
             return
         if transposed is not None and memory(source.meta["val"]) not in self.written:

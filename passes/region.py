@@ -78,6 +78,7 @@ class Fusion:
         structure is such a case: the fused op does not take it, `eager` computes it as the model did, so
         `verify` compares with the mask the model had and a wrong recognition is caught.
     layer: the module's name, where `Settings.levels` chose how it runs.
+    module: the name of the innermost module around it, "" where none is known.
     gains are ratios of eager time to fused time; None until estimated or measured.
     """
 
@@ -95,16 +96,21 @@ class Fusion:
     eager: fx.GraphModule | None = field(default=None, repr=False)
     inputs: tuple[str | None, ...] = ()
     layer: str = ""
+    module: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """One site that was looked at and left alone, and why."""
+    """One site that was looked at and left alone, and why.
+
+    layer: the layer whose reason is that of `Settings.levels`, which changes while a plan is made.
+    """
 
     op: str
     location: str
     reason: str
     rule: str = ""
+    layer: str = ""
 
 
 @dataclass(kw_only=True)
@@ -121,11 +127,12 @@ class Region:
     fusions: list[Fusion] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # that FP8 could take: (N, K) by name
+    layer_weights: dict[str, list[str]] = field(default_factory=dict)  # of one name, by graph input
     input_casts: list[InputCast | InputOperand | InputScales] = field(default_factory=list)
     weights: WeightCache = field(default_factory=WeightCache)
     unread: tuple[int, ...] = ()  # outputs the caller promised not to read: None in the graph
     notes: list[str] = field(default_factory=list)
     run: Callable[..., Any] | None = None
 
-    def refuse(self, op: str, location: str, reason: str, rule: str = "") -> None:
-        self.refusals.append(Refusal(op=op, location=location, reason=reason, rule=rule))
+    def refuse(self, op: str, location: str, reason: str, rule: str = "", layer: str = "") -> None:
+        self.refusals.append(Refusal(op=op, location=location, reason=reason, rule=rule, layer=layer))

@@ -67,6 +67,11 @@ class _Layer:
     weight: Tensor
     bias: Tensor | None
     act: str
+    scale: Tensor | None = None  # of earlier steps, where the layer has it
+
+    def stale(self, recipe: Recipe) -> Tensor | None:
+        """What the statistics of this FP8 level go by."""
+        return self.scale if recipe.scaling == "tensor" else None
 
 
 class _Sampler(fx.Interpreter):
@@ -111,7 +116,11 @@ def _operands(node: fx.Node, args: tuple[Any, ...]) -> _Layer:
     else:  # x @ w.t()
         (x, weight), bias, act = args[:2], None, "none"
         weight = weight.t()
-    return _Layer(_rows(x.detach()), weight.detach(), None if bias is None else bias.detach(), act)
+    delayed = node.target is torch.ops.fusekit.linear_fp8.default and len(args) > 5
+    return _Layer(
+        _rows(x.detach()), weight.detach(), None if bias is None else bias.detach(), act,
+        args[5] if delayed else None,
+    )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -122,9 +131,8 @@ def _watch(samples: Samples, name: str, layer: _Layer, result: Tensor) -> None:
     """Statistics of the output now, those of the gradients when they come."""
     x = statistics.sample(layer.x, samples.rows, samples.offset)
     features = statistics.sample(layer.weight, FEATURES, samples.offset, BLOCK)
-    samples.add(
-        name, "output", [statistics.output_statistics(x, features, recipe) for recipe in samples.recipes]
-    )
+    found = [statistics.output_statistics(x, features, r, layer.stale(r)) for r in samples.recipes]
+    samples.add(name, "output", found)
     if not result.requires_grad:
         return
     z = None
@@ -132,20 +140,21 @@ def _watch(samples: Samples, name: str, layer: _Layer, result: Tensor) -> None:
         chosen = statistics.chosen(layer.x, samples.rows, samples.offset)
         z = torch.nn.functional.linear(chosen, layer.weight.to(chosen.dtype))
         z = z if layer.bias is None else z + layer.bias.to(z.dtype)
-    result.register_hook(partial(_on_gradient, samples, name, x, layer.weight, layer.act, z))
+    result.register_hook(partial(_on_gradient, samples, name, x, layer, z))
 
 
 def _on_gradient(
-    samples: Samples, name: str, x: Sample, weight: Tensor, act: str, z: Tensor | None, grad: Tensor
+    samples: Samples, name: str, x: Sample, layer: _Layer, z: Tensor | None, grad: Tensor
 ) -> None:
     with torch.no_grad():
         g = statistics.sample(_rows(grad), samples.rows, samples.offset)
         if z is not None:
-            g = _through_activation(g, act, z)
-        columns = statistics.sample(weight.t(), FEATURES, samples.offset, BLOCK)
-        recipes = samples.recipes
-        samples.add(name, "grad_input", [statistics.grad_input_statistics(g, columns, r) for r in recipes])
-        samples.add(name, "grad_weight", [statistics.grad_weight_statistics(g, x, r) for r in recipes])
+            g = _through_activation(g, layer.act, z)
+        columns = statistics.sample(layer.weight.t(), FEATURES, samples.offset, BLOCK)
+        of_input, of_weight = statistics.grad_input_statistics, statistics.grad_weight_statistics
+        levels = [(r, layer.stale(r)) for r in samples.recipes]
+        samples.add(name, "grad_input", [of_input(g, columns, r, scale) for r, scale in levels])
+        samples.add(name, "grad_weight", [of_weight(g, x, r, scale) for r, scale in levels])
 
 
 def _through_activation(dy: Sample, act: str, z: Tensor) -> Sample:

@@ -36,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from fusekit.kernels.fp8_operand import fp8_operand
 from fusekit.kernels.library import Function
 from fusekit.kernels.linear_fp8_cpu import WEIGHT
+from fusekit.kernels.recipe import Recipe
 from fusekit.passes import _compat
 from fusekit.passes.delayed import ModelScales
 from fusekit.passes.frozen import Held, elements_of, holds, may_hold
@@ -204,7 +205,7 @@ def _refresh(
     for cast in stale:
         parameter, copy = args[cast.source], cache.copies.get(cast.target)
         kept = torch.is_grad_enabled() and parameter.requires_grad and not paused
-        held = not kept and isinstance(cast, InputOperand) and may_hold(parameter, scales is not None)
+        held = not kept and isinstance(cast, InputOperand) and may_hold(parameter, _delayed(cast))
         if isinstance(cast, InputOperand):
             made[cast.target] = _quantise(cast, parameter, scales)
         elif kept and copy is not None and _can_overwrite(copy, parameter):
@@ -222,8 +223,12 @@ def _refresh(
     return made
 
 
+def _delayed(cast: InputOperand) -> bool:
+    return Recipe.parse(cast.recipe).delayed
+
+
 def _quantise(cast: InputOperand, parameter: Tensor, scales: ModelScales | None) -> tuple[Tensor, ...]:
-    scale, amax = (None, None) if scales is None else scales.layer(parameter)
+    scale, amax = scales.layer(parameter) if scales is not None and _delayed(cast) else (None, None)
     with torch.inference_mode(False), torch.no_grad():  # codes may serve under another mode
         weight = parameter.t() if cast.transposed else parameter.detach()
         return fp8_operand(weight, cast.recipe, WEIGHT, cast.dtype, True, cast.turned, scale, amax)

@@ -69,6 +69,29 @@ dist.destroy_process_group()
 """
 
 
+SOME = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+import fusekit
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16))
+automatic = fusekit.AutoPrecision(every=5, calibration=2, emulate=True)
+fusekit.optimize(model, precision=automatic)
+controller = fusekit.auto_precision(model)
+optimizer = torch.optim.SGD(model.parameters(), 0.0)
+for step in range(42):
+    model(torch.randn(16, 32)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if rank == 0:  # as a loop does in which one rank alone knows the loss
+        controller.step(50.0 if 30 <= step < 33 else 1.0)
+print(controller.steps, controller.plan.guarded)
+dist.destroy_process_group()
+"""
+
+
 def outputs_of(script: str, folder: Path) -> list[str]:
     """What both ranks print; they meet in a file of the folder."""
     command, rest = [sys.executable, "-c", script], [str(folder / "store"), str(Path(__file__).parent)]
@@ -92,3 +115,8 @@ def test_ranks_decide_together_on_the_worst_of_them(tmp_path: Path) -> None:
 def test_ranks_that_run_other_layers_agree_and_one_may_look_alone(tmp_path: Path) -> None:
     first, second = outputs_of(BRANCHES, tmp_path)
     assert first == second and [line[0] for line in first.splitlines()] == list("ab")  # c is the head
+
+
+def test_a_loss_that_one_rank_alone_tells_counts_for_all(tmp_path: Path) -> None:
+    """The guard asks all ranks, whoever was told of a loss: none waits for another."""
+    assert outputs_of(SOME, tmp_path) == ["42 True\n"] * 2
