@@ -91,9 +91,9 @@ def _apart(args: Any, tensors: list[Tensor]) -> list[Any]:
 def same_bits(results: Any, others: Any) -> bool:
     """Whether two calls returned the same, NaN included; waits for the device."""
     pairs = list(zip(tensors_in([results]), tensors_in([others]), strict=True))
-    return all(
-        (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) for a, b in pairs
-    ) and all(torch.equal(*(x.view(_SAME_SIZE[x.element_size()]) for x in pair)) for pair in pairs)
+    return all((a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) for a, b in pairs) and all(
+        torch.equal(*(x.view(_SAME_SIZE[x.element_size()]) for x in pair)) for pair in pairs
+    )
 
 
 def _fill(tensors: list[Tensor], values: list[Tensor]) -> None:
