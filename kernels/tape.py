@@ -1,15 +1,15 @@
 """What an op does on a GPU, kept on a tape: from the third call of a kind on the host repeats it, no more.
 
-On a GPU an op is Python that looks at dtypes, shapes, strides and alignments, allocates, makes views, and
-starts kernels. For calls that are alike in all of these it does the same each time, so it is watched once and
-then played: allocate, fill in addresses, start. A kind of call is everything that the op, its plans and
-Triton's specialisation could see: of every tensor dtype, shape, strides, alignment and device, all other
-arguments, and what the op says it depends on besides.
+On a GPU an op is Python that looks at dtypes, shapes, strides and alignments, allocates, makes views, calls
+PyTorch's operators and starts kernels. For calls that are alike in all of these it does the same each time,
+so it is watched once and then played: allocate, fill in addresses, start. A kind of call is everything that
+the op, its plans and Triton's specialisation could see: of every tensor dtype, shape, strides, alignment and
+device, all other arguments, and what the op says it depends on besides.
 
-Only what is understood completely is played. An op that computes with PyTorch's operators, copies an operand,
-calls a library or waits for a value is run as it is written, each time, and so is every call of tensors that
-are not plain. Inputs are told apart by their place, not by what they are: two that were the same tensor when
-the op was watched may be two when it is played.
+Only what is understood completely is played. An op that waits for a value, or calls what is not PyTorch's, is
+run as it is written, each time, and so is every call of tensors that are not plain. Inputs are told apart by
+their place, not by what they are: two that were the same tensor when the op was watched may be two when it is
+played.
 
 The first call of a kind is only noted: sizes that never come again are not worth a tape.
 """
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fusekit.kernels import launch
-from fusekit.kernels.tape_watch import Tape, Watch
+from fusekit.kernels.tape_watch import Watch
+from fusekit.kernels.tape_writer import Tape, tape_of
 
 MOST_TAPES = 4096  # of an op; then all are dropped
 _VALUES = (int, float, bool, str, torch.dtype, type(None))
@@ -148,7 +149,7 @@ class Taped:
         watch = Watch(tensors)
         with launch.watch(watch.started), watch:
             returned = self.run(*apart)
-        tape = watch.tape(returned)
+        tape = tape_of(watch, returned)
         if tape is None:
             self.noted[key] = watch.obstacle
         else:
