@@ -158,7 +158,8 @@ class _Writer:
         if x.dtype != held.dtype:
             name = f"{name}.view({self.constant(x.dtype)})"  # of contiguous memory, or PyTorch refuses
         begin = f"{name}.storage_offset() + {offset // x.element_size()}"
-        return f"{name}.as_strided({tuple(x.shape)}, {x.stride()}, {begin})"
+        view = f"{name}.as_strided({tuple(x.shape)}, {x.stride()}, {begin})"
+        return f"{view}.data" if held._version > x._version else view  # whose writes nobody counts
 
 
 def _allocator(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:

@@ -264,6 +264,28 @@ def test_operators_of_pytorch_are_played_on_the_calls_own_tensors() -> None:
         tape._every.remove(taped)
 
 
+def test_versions_are_those_of_the_op() -> None:
+    """Gradients that nobody has touched are told by it: passes/weights.py."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        counted, uncounted = x.new_empty(x.shape), x.new_empty(x.shape)
+        torch.mul(x, 2.0, out=counted)
+        torch.mul(x, 3.0, out=uncounted)
+        return counted, uncounted.data
+
+    taped = tape.Taped(run)
+    try:
+        with a_gpu():
+            x = torch.randn(4)
+            for _ in range(4):
+                counted, uncounted = taped(x)
+                assert torch.equal(counted, 2 * x) and torch.equal(uncounted, 3 * x)
+                assert counted._version == 1 and uncounted._version == 0
+            assert tapes() == 1
+    finally:
+        tape._every.remove(taped)
+
+
 def test_autocast_casts_nothing_within_an_op() -> None:
     x, weight = torch.randn(4, 8), torch.randn(8, 8)
     taped = tape.Taped(tape_watch.without_autocast(lambda x, weight: x @ weight))
