@@ -28,7 +28,7 @@ from fusekit.kernels.tape_watch import Watch
 from fusekit.kernels.tape_writer import Tape, tape_of
 
 MOST_TAPES = 4096  # of an op; then all are dropped
-_VALUES = (int, float, bool, str, torch.dtype, type(None))
+_VALUES = frozenset((int, float, bool, str, torch.dtype, type(None)))
 
 
 def is_quiet() -> bool:
