@@ -1,6 +1,7 @@
 """Host time of the ops from their call to the driver, forward and backward, without a GPU or on one.
 
     python -m benchmarks.launch_path --out benchmarks/results/launch_path.json [--ops mlp attention]
+                                     [--earlier FILE]
 
 What a small model pays on a GPU is what the host takes to hand it its kernels. Each op is called as a
 training step calls it, with tensors that require gradients, then differentiated; tensors are so small that
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_path", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=list(cases(torch.device("cpu"))), help="all by default")
     parser.add_argument("--out", type=Path, help="results file; without it the figures are only printed")
+    parser.add_argument(
+        "--earlier", type=Path, help="a results file of this machine and another commit, to be kept beside"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     times = measure(options.ops)
@@ -147,7 +152,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         ops = {name: t._asdict() for name, t in times.items()}
         where = "a GPU" if torch.cuda.is_available() else "a CPU, the driver a stub"
-        write_results(options.out, {"environment": environment(), "where": where, "ops": ops})
+        held = {"environment": environment(), "where": where, "ops": ops}
+        if options.earlier:
+            earlier = json.loads(options.earlier.read_text(encoding="utf-8"))
+            held["earlier"] = {"commit": earlier["environment"]["commit"], "ops": earlier["ops"]}
+        write_results(options.out, held)
     return 0
 
 

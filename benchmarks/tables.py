@@ -256,15 +256,18 @@ def launch_path() -> str:
     found = _load("launch_path.json")
     if found is None:
         return "The launch path has not been measured yet.\n"
-    machine, rows = found["environment"], []
+    machine, rows, earlier = found["environment"], [], found.get("earlier")
     for name, op in found["ops"].items():
         kernels = f"{op['forward_kernels']}, {op['backward_kernels']}" if op["forward_kernels"] else ""
-        rows.append((f"`{name}`", f"{op['forward']:.0f}", f"{op['backward']:.0f}", kernels))
+        times = [op, *([earlier["ops"][name]] if earlier else [])]
+        shown = (f"{t[direction]:.0f}" for t in times for direction in ("forward", "backward"))
+        rows.append((f"`{name}`", kernels, *shown))
     title = (
         f"Host µs of a call and of its backward pass, {found['where']} ({machine.get('cpu')}, one thread, "
         f"torch {machine.get('torch')}, Triton {machine.get('triton')}, commit {machine.get('commit')}):\n\n"
     )
-    return title + _table(("op", "forward", "backward", "kernels"), rows)
+    before = (f"forward at {earlier['commit']}", f"backward at {earlier['commit']}") if earlier else ()
+    return title + _table(("op", "kernels", "forward", "backward", *before), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

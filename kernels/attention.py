@@ -41,6 +41,7 @@ from fusekit.kernels.attention_supports import supports
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op
+from fusekit.kernels.tape import NEVER
 
 
 def reference(
@@ -188,8 +189,9 @@ def _depends(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Any:
     return attention_choice.state(), slopes is not None and slopes.requires_grad
 
 
-def _backward_depends(*_: Any) -> Any:
-    return attention_choice.state()
+def _backward_depends(*args: Any) -> Any:
+    *_, deterministic = args
+    return attention_choice.state() if deterministic else NEVER
 
 
 _forward_op = define(

@@ -1,15 +1,15 @@
-"""What an op does on a GPU, kept on a tape: from the third call of a kind on the host repeats it, no more.
+"""What an op does on a GPU, kept on a tape: from the fourth call of a kind on the host repeats it.
 
-On a GPU an op is Python that looks at dtypes, shapes, strides and alignments, allocates, makes views, and
-starts kernels. For calls that are alike in all of these it does the same each time, so it is watched once and
-then played: allocate, fill in addresses, start. A kind of call is everything that the op, its plans and
-Triton's specialisation could see: of every tensor dtype, shape, strides, alignment and device, all other
-arguments, and what the op says it depends on besides.
+On a GPU an op is Python that looks at dtypes, shapes, strides and alignments, allocates, makes views, calls
+PyTorch's operators and starts kernels. For calls that are alike in all of these it does the same each time,
+so it is watched once and then played: allocate, fill in addresses, start. A kind of call is everything that
+the op, its plans and Triton's specialisation could see: of every tensor dtype, shape, strides, alignment and
+device, all other arguments, and what the op says it depends on besides.
 
-Only what is understood completely is played. An op that computes with PyTorch's operators, copies an operand,
-calls a library or waits for a value is run as it is written, each time, and so is every call of tensors that
-are not plain. Inputs are told apart by their place, not by what they are: two that were the same tensor when
-the op was watched may be two when it is played.
+Only what is understood completely is played. An op that waits for a value, or calls what is not PyTorch's, is
+run as it is written, each time, and so is every call of tensors that are not plain. Inputs are told apart by
+their place, not by what they are: two that were the same tensor when the op was watched may be two when it is
+played.
 
 The first call of a kind is only noted: sizes that never come again are not worth a tape. The second is
 watched. The third is computed both ways, and only a tape whose results are the same bits is played from the
@@ -28,12 +28,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fusekit.kernels import launch
-from fusekit.kernels.tape_watch import Tape, Watch, tensors_in
+from fusekit.kernels.tape_watch import Watch, tensors_in
+from fusekit.kernels.tape_writer import Tape, tape_of
 
 MOST_TAPES = 4096  # of an op; then all are dropped
 ENABLED = os.environ.get("FUSEKIT_TAPES", "1") != "0"
+NEVER = object()  # what `depends` says of calls whose bits two runs need not share: they are not played
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_VALUES = (int, float, bool, str, torch.dtype, type(None))
+_VALUES = frozenset((int, float, bool, str, torch.dtype, type(None)))
 
 
 def is_quiet() -> bool:
@@ -160,7 +162,8 @@ class Taped:
     def _kind(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[int]]:
         key: list[Any] = [None if self.depends is None else self.depends(*args)]
         addresses: list[int] = []
-        return (tuple(key) if _describe(args, key, addresses) else None), addresses
+        playable = key[0] is not NEVER and _describe(args, key, addresses)
+        return (tuple(key) if playable else None), addresses
 
     def _comes_again(self, key: tuple[Any, ...]) -> bool:
         """Whether to watch: the kind came before, and nothing stood in the way when it was watched."""
@@ -177,7 +180,7 @@ class Taped:
         watch = Watch(tensors)
         with launch.watch(watch.started), watch:
             returned = self.run(*apart)
-        tape = watch.tape(returned)
+        tape = tape_of(watch, returned)
         if tape is None:
             self.noted[key] = watch.obstacle
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusekit.kernels import config_table, launch, library, tape, tape_watch
+from fusekit.kernels import config_table, launch, library, tape, tape_watch, tape_writer
 
 
 class Log(TorchDispatchMode):
@@ -129,7 +129,7 @@ def a_gpu() -> Iterator[Machine]:
                     patch.setattr(plans, "held", {})
         patch.setattr(config_table, "for_device", lambda index: table)
         patch.setattr(launch, "current", lambda: (0, 0))
-        patch.setattr(tape_watch, "_allocator", lambda device: machine.allocate)
+        patch.setattr(tape_writer, "_allocator", lambda device: machine.allocate)
         patch.setattr(tape, "same_bits", lambda results, others: True)  # of memory that no kernel wrote
         tape.forget()
         yield machine

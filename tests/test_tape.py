@@ -237,6 +237,17 @@ def test_arguments_that_ops_write_to_are_known() -> None:
     assert writes["feed_forward_backward_over_saved"] == (4,)
 
 
+def test_what_need_not_repeat_its_bits_is_never_played() -> None:
+    """Attention's backward pass where a library may compute it."""
+    q, k, v = (torch.randn(1, 2, 16, 32).bfloat16().requires_grad_() for _ in range(3))
+    with a_gpu():
+        for deterministic, played in ((False, 0), (True, 1)):
+            for _ in range(5):
+                fusekit.attention(q, k, v, deterministic=deterministic).sum().backward()
+            backward = next(taped for taped in tape._every if taped.name == "attention_backward")
+            assert len(backward.tapes) == played
+
+
 def test_tapes_can_be_switched_off(monkeypatch) -> None:
     monkeypatch.setattr(tape, "ENABLED", False)
     args = operands()
@@ -361,6 +372,28 @@ def test_operators_of_pytorch_are_played_on_the_calls_own_tensors() -> None:
                 assert torch.equal(top, found.values) and torch.equal(index, found.indices)
                 assert torch.equal(corner, x[:2, :2].t())
         assert len(calls) == 3
+    finally:
+        tape._every.remove(taped)
+
+
+def test_versions_are_those_of_the_op() -> None:
+    """Gradients that nobody has touched are told by it: passes/weights.py."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        counted, uncounted = x.new_empty(x.shape), x.new_empty(x.shape)
+        torch.mul(x, 2.0, out=counted)
+        torch.mul(x, 3.0, out=uncounted)
+        return counted, uncounted.data
+
+    taped = tape.Taped(run)
+    try:
+        with a_gpu():
+            x = torch.randn(4)
+            for _ in range(4):
+                counted, uncounted = taped(x)
+                assert torch.equal(counted, 2 * x) and torch.equal(uncounted, 3 * x)
+                assert counted._version == 1 and uncounted._version == 0
+            assert tapes() == 1
     finally:
         tape._every.remove(taped)
 
