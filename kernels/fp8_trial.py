@@ -85,7 +85,7 @@ def _judged(call: Call, library: Run, own: Run) -> str | None:
 def _operands(call: Call, one_sign: bool) -> tuple[Operand, Operand, Tensor | None]:
     """Codes of Gaussian values, inverse scales that are powers of two, and a bias."""
     generator = torch.Generator().manual_seed(0)
-    operands = []
+    operands: list[Operand] = []
     for rows, dtype in zip(call.sizes[:2], call.dtypes[:2], strict=True):
         values = torch.randn(rows, call.sizes[2], generator=generator) * 60
         values = (values.abs() if one_sign else values).clamp(-LARGEST[dtype], LARGEST[dtype])
