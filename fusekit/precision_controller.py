@@ -27,13 +27,11 @@ from torch import Tensor, nn
 from fusekit.auto_precision import AutoPrecision
 from fusekit.kernels.precision_statistics import PRODUCTS, STATISTICS, WORST
 from fusekit.kernels.recipe import Recipe
-from fusekit.passes.cost import emulates_fp8
 from fusekit.passes.region import Levels
 from fusekit.passes.sampling import Key, Samples
-from fusekit.precision_guard import Guard
-from fusekit.precision_levels import BF16, FINER, TENSOR, Layer, judge, level_name, named, recipe_of
-from fusekit.precision_plan import PrecisionPlan, Shapes, fingerprint
-from fusekit.precision_report import reason_of
+from fusekit.precision_decisions import PrecisionDecisions, lacks_fp8
+from fusekit.precision_levels import FINER, TENSOR, recipe_of
+from fusekit.precision_plan import PrecisionPlan
 from fusekit.update_watch import UpdateWatch
 
 if TYPE_CHECKING:
@@ -44,34 +42,15 @@ GUARD_READ = 10  # steps between reads of the guard's alarms
 GUARDED_STEPS = 200
 
 
-class PrecisionController:
-    """Made by `optimize`; `fusekit.auto_precision(model)` returns it.
-
-    changes: what happened, as {"step", "layer", "product", "from", "to", "reason"}; of an alarm of the guard
-        layer and product are "".
-    """
+class PrecisionController(PrecisionDecisions):
+    """Made by `optimize`; `fusekit.auto_precision(model)` returns it."""
 
     def __init__(self, config: AutoPrecision, model: nn.Module) -> None:
-        self.config = config
-        plan = config.plan
-        if plan is not None and not isinstance(plan, PrecisionPlan):
-            plan = PrecisionPlan.load(plan)
-        if plan is not None:
-            plan.check(model)
-        self.fine = config.fine if plan is None else plan.fine
-        self.changes: list[dict[str, Any]] = []
-        self._model: Shapes = fingerprint(model)
-        self._layers: dict[str, Layer] = {}
-        if plan is not None:  # a copy: levels move on
-            self._layers = dict(PrecisionPlan.from_dict(plan.to_dict()).layers)
-        self._planned = plan is not None
-        self._calibrating = plan is None and config.mode != "observe"
-        self._guard, self._alarms, self._guarded_until = Guard(), 0, 0
-        self._step, self._sampled_at = 0, -max(config.every, config.calibration)
+        super().__init__(config, model)
+        self._sampled_at = -max(config.every, config.calibration)
         self._watch = UpdateWatch(set)
         self._samples: Samples | None = None
         self._owner: Callable[[], Session | None] = lambda: None
-        self._starts_emulated = _lacks_fp8(model)
         self._told: tuple[Any, ...] = ()
         self._in_step = False
         self._some_step = False  # of the ranks, and others not: then none waits for them in `step`
@@ -94,24 +73,6 @@ class PrecisionController:
         return self._step + self._watch.updated
 
     @property
-    def live(self) -> bool:
-        """Whether products run in FP8 by the plan, and not in bf16."""
-        return not self.why_not_live
-
-    @property
-    def why_not_live(self) -> str:
-        """Why all runs in bf16 whatever the levels say; "" where they hold."""
-        if self.config.mode == "observe":
-            return "only observed: the model runs in bf16"
-        if self._calibrating:
-            return f"in bf16 until the plan is made, after {self.config.calibration} steps"
-        if self.config.mode == "calibrate":
-            return "the plan is made, and the model stays in bf16 (mode calibrate)"
-        if not self.config.emulate and self._emulated():
-            return "in bf16: this device has no FP8 products, and AutoPrecision(emulate=True) emulates them"
-        return ""
-
-    @property
     def plan(self) -> PrecisionPlan:
         """The levels as they are now; the controller goes on without changing it."""
         self._conclude_alone()
@@ -119,23 +80,6 @@ class PrecisionController:
             model=self._model, layers=self._layers, fine=self.fine, steps=self.steps, guarded=self._guarded
         )
         return PrecisionPlan.from_dict(found.to_dict())
-
-    @property
-    def ready(self) -> bool:
-        """Whether the plan rests on a whole calibration, or was given."""
-        return not self._calibrating
-
-    def levels(self) -> Levels:
-        """What the pipeline is told."""
-        watched = not (self._idle or (self.config.mode == "frozen" and self.ready))
-        if why := self.why_not_live:
-            return Levels(why=f"precision auto: {why}", watched=watched)
-        tokens, reasons = {}, {}
-        rows = PrecisionPlan(model={}, layers=self._layers, fine=self.fine, guarded=self._guarded).rows()
-        for name, layer in self._layers.items():
-            tokens[name] = layer.token(self.fine, low_weight_gradient=self._guarded)
-            reasons[name] = reason_of([row for row in rows if row["layer"] == name])
-        return Levels(tokens=tokens, reasons=reasons, why="precision auto: not in the plan", watched=watched)
 
     def step(self, loss: Tensor | float | None = None, gradient_norm: Tensor | float | None = None) -> None:
         """End an optimizer step; its loss and gradient norm, not waited for, feed the guard."""
@@ -152,11 +96,7 @@ class PrecisionController:
     def revert(self, layers: Mapping[str, str]) -> None:
         """Take layers out of FP8 for good: `verify` found why."""
         for name, why in layers.items():
-            for product, unit in self._layers[name].units.items():
-                if unit.level < BF16:
-                    left = level_name(unit.level, self.fine)
-                    unit.revert(f"reverted by verify: {why}", self._step)
-                    self._note(name, product, left, level_name(BF16, self.fine), unit.reason)
+            self._revert(name, f"reverted by verify: {why}")
         self._apply()
 
     def before_call(self) -> None:
@@ -233,27 +173,13 @@ class PrecisionController:
         for captured in session.regions:
             captured.replan(session.settings)
 
-    @property
-    def _tellable(self) -> tuple[Any, ...]:
-        """Changes where `levels` does, and is quick to compare every step."""
-        return len(self.changes), len(self._layers), self._guarded, self._calibrating, self.live
-
-    @property
-    def _guarded(self) -> bool:
-        return self._step < self._guarded_until
-
     def _emulated(self) -> bool:
         owner = self._owner()
-        return self._starts_emulated if owner is None else _lacks_fp8(owner.model)
+        return self._starts_emulated if owner is None else lacks_fp8(owner.model)
 
     @property
     def _joins_ranks(self) -> bool:
         return self.config.across_ranks and dist.is_available() and dist.is_initialized()
-
-    @property
-    def _idle(self) -> bool:
-        """The plan is made and nothing runs by it: there is nothing left to decide."""
-        return self.ready and not self.live and self.config.mode != "observe"
 
     def _is_due(self) -> bool:
         if self._idle:
@@ -290,14 +216,6 @@ class PrecisionController:
             self._read_guard()
         if self._told != self._tellable:
             self._apply()
-
-    def _end_calibration(self) -> None:
-        """The plan is made; what no sample has seen is not trusted to FP8."""
-        self._calibrating, self._planned = False, True
-        for layer in self._layers.values():
-            for unit in layer.units.values():
-                if not unit.samples:
-                    unit.level, unit.reason = BF16, "not sampled in the calibration"
 
     def _read_guard(self) -> None:
         device = next(self._session.model.parameters()).device if self._joins_ranks else None
@@ -347,40 +265,6 @@ class PrecisionController:
         stacked = torch.stack([found.get(key, nothing) for key in keys])
         dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
         return dict(zip(keys, stacked, strict=True))
-
-    def _meet(self, name: str, shape: tuple[int, int]) -> None:
-        if name in self._layers:
-            return
-        self._layers[name] = layer = Layer(shape)
-        if self._planned:
-            for unit in layer.units.values():
-                unit.level, unit.reason = BF16, "not in the plan"
-
-    def _judge(self, key: Key, vectors: list[list[float]], runs: int) -> None:
-        name, product = key
-        unit = self._layers[name].units[product]
-        statistics = [named(vector) for vector in vectors]
-        for level, of_level in enumerate(statistics):
-            at = level_name(level, self.fine)
-            before = unit.last.get(at, {}).get("largest_amax", 0.0)
-            unit.last[at] = of_level | {"largest_amax": max(before, of_level["amax"])}
-        verdicts = [judge(s, product, recipe_of(i, self.fine)) for i, s in enumerate(statistics)]
-        left = unit.level
-        promotes = self.config.mode == "adaptive" and self.live
-        if unit.observe(verdicts, self._step, runs=runs, live=self.live, may_promote=promotes):
-            self._note(name, product, level_name(left, self.fine), level_name(unit.level, self.fine),
-                       unit.reason)  # fmt: skip
-
-    def _note(self, layer: str, product: str, before: str, after: str, reason: str) -> None:
-        self.changes.append({
-            "step": self._step, "layer": layer, "product": product, "from": before, "to": after,
-            "reason": reason,
-        })  # fmt: skip
-
-
-def _lacks_fp8(model: nn.Module) -> bool:
-    parameter = next(model.parameters(), None)
-    return parameter is None or emulates_fp8(parameter)
 
 
 def _by_tensor(levels: Levels, layer: str) -> bool:

@@ -52,7 +52,7 @@ def certify(opened: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         with _watching(opened) as sites:
             opened.model(*args, **kwargs)
     judged: list[SiteCertificate] = []
-    in_fp8: dict[str, str] = {}
+    in_fp8: dict[str, str] = {}  # reason by layer that a plan has in FP8
     for captured in opened.regions:
         own = [site for (owner, _), site in sites.items() if owner is captured]
         bad = {site.site: _why_reverted(site) for site in own}

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, pad
+from torch.nn.functional import pad
 
 from fusekit.kernels.fp8_format import BLOCK_GROUP, Operand
 
@@ -31,6 +31,7 @@ STEPS = 4  # of the contraction: a multiple of so many scales of 128 x 128 follo
 ACCUMULATIONS = ("promote128", "fast")
 
 aten = torch.ops.aten
+SCALING = getattr(torch.nn.functional, "ScalingType", None)  # how an operand is scaled, by name
 
 
 class Call(NamedTuple):
@@ -89,7 +90,7 @@ def _unfit_for_blocks(call: Call) -> str | None:
     M, N, _ = call.sizes
     if call.capability[0] != 9:
         return "block scales on another GPU than Hopper"
-    if not hasattr(aten, "_scaled_mm_v2"):
+    if SCALING is None or not hasattr(aten, "_scaled_mm_v2"):
         return "block scales, which this PyTorch does not take"
     if M % MULTIPLE:
         return f"block scales of rows that {MULTIPLE} does not divide"
@@ -117,11 +118,12 @@ def _run_blocks(
 ) -> None:  # fmt: skip
     """The scaling of each operand by name: of shapes, by which _scaled_mm tells it, padded steps are none."""
     missing = -b_inverse.shape[0] % STEPS
-    b_type, b_scales = ScalingType.BlockWise1x128, b_inverse.t()
+    assert SCALING is not None, "unfit otherwise"
+    b_type, b_scales = SCALING.BlockWise1x128, b_inverse.t()
     if call.square:
         padded = b_inverse if missing == 0 else pad(b_inverse, (0, 0, 0, missing))
-        b_type, b_scales = ScalingType.BlockWise128x128, padded.t().contiguous().t()
+        b_type, b_scales = SCALING.BlockWise128x128, padded.t().contiguous().t()
     aten._scaled_mm_v2.out(
-        left, right.t(), [a_inverse.t()], [ScalingType.BlockWise1x128.value], [], [b_scales], [b_type.value],
+        left, right.t(), [a_inverse.t()], [SCALING.BlockWise1x128.value], [], [b_scales], [b_type.value],
         [], bias, call.dtypes[2], out=output,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_auto_precision import PLANTED
+from auto_checks import PLANTED
 
 RANK = """
 import sys, torch, torch.distributed as dist
@@ -14,7 +14,7 @@ sys.path.insert(0, sys.argv[3])
 import fusekit
 from fusekit.passes import cost
 from fusekit.precision_guard import Guard
-from test_auto_precision import AutoPrecision, levels, planted, tokens
+from auto_checks import AutoPrecision, levels, planted, tokens
 cost.EAGER_OVERHEAD = cost.FUSED_OVERHEAD = {"cpu": 0.0, "cuda": 0.0}
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)

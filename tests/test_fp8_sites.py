@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusekit
+from benchmarks.fp8_layers import LAYERS
+from benchmarks.results_file import RESULTS
 from fusekit.gpt import GPT, GPTConfig
 from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.passes import cost
@@ -331,3 +334,16 @@ def test_what_does_not_pay_on_an_h100_stays(
     assert (
         why_fp8_does_not_pay(M, N, K, torch.empty(1), PRESETS[name]) is None
     )  # asked for on a CPU it is emulated
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "fp8-block"])  # by another kernel since
+def test_estimates_are_what_an_h100_took(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (h100,) = (device for device in cost.GPUS if device.name == "H100")
+    monkeypatch.setattr(cost, "GPU", h100)
+    cells = json.loads((RESULTS / "fp8_layers_h100.json").read_text())["cells"]
+    for M, K, N in LAYERS:
+        with FakeTensorMode():
+            x = torch.empty(M, K, device="cuda", dtype=BF16)
+        estimated = cost.fp8_seconds(M, N, K, x, PRESETS[name])
+        measured = [cells[f"{M}x{K}x{N} {what} forward+backward"]["seconds"] for what in ("bf16", name)]
+        assert estimated == pytest.approx(measured, rel=0.1)

@@ -106,7 +106,7 @@ def test_resuming_under_fusekit_gives_the_same_bits(tmp_path, precision):
 @pytest.mark.parametrize("stops", [(3,), (5, 6), (11,)])
 def test_resuming_with_automatic_precision_replays_every_decision(tmp_path, monkeypatch, stops):
     """Stopped in the calibration, at its end, and between two samples."""
-    monkeypatch.setattr("fusekit.precision_controller.emulates_fp8", lambda value: False)  # as on a GPU
+    monkeypatch.setattr("fusekit.precision_decisions.emulates_fp8", lambda value: False)  # as on a GPU
     options = {"provider": "fusekit", "precision": "auto", "precision_every": 5, "steps": 14, "accumulate": 2}
     straight = make_trainer(tmp_path / "straight", **options)
     straight.fit()
