@@ -182,7 +182,7 @@ def _default(q: Tensor, k: Tensor, able: list[str]) -> Choice:
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
     few = q.shape[-2] <= attention_decode.MOST_QUERIES  # asked first: every training step comes by here
-    return few and _unknown(form) is None and attention_decode.takes(q, k, v, form)
+    return few and _unknown(form, attention_decode.FIELDS) is None and attention_decode.takes(q, k, v, form)
 
 
 def exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
@@ -190,12 +190,12 @@ def exclusive(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
     return _unknown(form) or beyond_libraries(q, k, v, form)
 
 
-def _unknown(form: Form) -> str | None:
+def _unknown(form: Form, known: frozenset[str] = frozenset()) -> str | None:
     if form.has_globals:
         return GLOBAL
     given = form._asdict().items()
-    strange = (name for name, value in given if name not in KNOWN and not (value is None or value is False))
-    return next(strange, None)
+    strange = (name for name, value in given if value is not None and value is not False)
+    return next((name for name in strange if name not in KNOWN and name not in known), None)
 
 
 def libraries(backward: bool) -> tuple[Library, ...]:

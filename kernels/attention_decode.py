@@ -23,15 +23,14 @@ from fusekit.kernels import config_table
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.attention_form import Form
 from fusekit.kernels.attention_launch import _broadcast, _constants, _padded, _score_numbers
-from fusekit.kernels.attention_tiles import (
-    capped_scores,
-    head_offset,
-    load_rows,
-    mask_scores,
-)
+from fusekit.kernels.attention_rows import Rows
+from fusekit.kernels.attention_tiles import capped_scores, head_offset, load_rows, mask_scores
 from fusekit.kernels.launch import capability, launch, recording
 
 MOST_QUERIES = 16
+FIELDS = frozenset(
+    {"slopes", "places", "documents", "key_documents"}
+)  # of a form, beyond what libraries know
 LEAST_KEYS = 128  # that are seen: fewer are one program's short walk, and a second kernel costs more
 MOST_PARTS = 128
 PROGRAMS_PER_SM = 2
@@ -56,17 +55,25 @@ class Split(NamedTuple):
 
 
 # A cache grows by a key a step: what changes with it must not be compiled for anew.
-@triton.jit(
-    do_not_specialize=["Tq", "Tk", "rows_total", "low", "high", "first_key", "last_key", "part_keys", "parts"]
-)
+GROWING = [
+    "Tq", "Tk", "rows_total", "low", "high", "offset", "first_key", "last_key", "part_keys", "parts",
+    "stride_pb", "stride_eb", "stride_fb",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GROWING)
 def _part_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, acc_ptr, totals_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
+    acc_ptr, totals_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mm, stride_mn,
-    H, GROUP, Tq, Tk, rows_total, scale_log2, cap_log2, low, high, first_key, last_key, part_keys, parts,
+    stride_sb, stride_sh, stride_pb, stride_eb, stride_fb,  # of slopes, places, documents, key_documents
+    H, GROUP, Tq, Tk, rows_total, scale_log2, cap_log2, low, high, offset,
+    first_key, last_key, part_keys, parts,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, BAND: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Row r of a key head: query r % Tq of the group's member r // Tq.
     part = tl.program_id(1)
@@ -89,6 +96,16 @@ def _part_kernel(
     mask_rows = mask_ptr
     if MASK != 0:
         mask_rows = mask_ptr + (batch.to(tl.int64) * stride_mb + heads.to(tl.int64) * stride_mh)[:, None]
+    slopes = 0.0
+    if ALIBI != 0:
+        slopes_ptr += batch * stride_sb
+        slopes = tl.load(slopes_ptr + heads * stride_sh, mask=exists, other=0.0)
+        slopes = (slopes.to(tl.float32) * 1.4426950408889634)[:, None]
+    if ALIBI == 2:
+        places_ptr += batch.to(tl.int64) * stride_pb
+    if DOCUMENTS:
+        documents_ptr += batch.to(tl.int64) * stride_eb
+        key_documents_ptr += batch.to(tl.int64) * stride_fb
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -101,8 +118,9 @@ def _part_kernel(
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = capped_scores(products, scale_log2, cap_log2, CAP)
         scores = mask_scores(
-            scores, m[:, None], n[None, :], mask_rows, stride_mm, stride_mn, 0.0, None, None, None,
-            None, None, Tq, Tk, low, high, 0, MASK, BAND, True, 0, False, 0,
+            scores, m[:, None], n[None, :], mask_rows, stride_mm, stride_mn, slopes, places_ptr,
+            documents_ptr, key_documents_ptr, None, None, Tq, Tk, low, high, offset,
+            MASK, BAND, True, ALIBI, DOCUMENTS, 0,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -172,10 +190,19 @@ def takes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
         return False
     if q.dtype == torch.float32 and _widest(q, v) not in CONFIGS_FLOAT32:
         return False
+    if _crowded(q, v, form):
+        return False
     first, last = _seen(q.shape[-2], k.shape[-2], form)
     if last - first < LEAST_KEYS:
         return False
     return q.shape[1] != k.shape[1] or split(q, k, v, form).parts > 1
+
+
+def _crowded(q: Tensor, v: Tensor, form: Form) -> bool:
+    """Whether slopes or documents meet what the kernel was not compiled with, or spills registers with."""
+    if form.documents is not None:
+        return form.demands > 1 or (q.dtype == torch.float32 and _widest(q, v) > 64)
+    return form.slopes is not None and form.softcap is not None
 
 
 def split(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Split:
@@ -203,7 +230,8 @@ def _rows(q: Tensor, k: Tensor) -> int:
 def _config(q: Tensor, v: Tensor, form: Form) -> tuple[int, int, int]:
     if q.dtype == torch.float32:
         return CONFIGS_FLOAT32[_widest(q, v)]
-    return (CONFIGS if form.mask is None else CONFIGS_MASKED)[_widest(q, v)]
+    masked = any(given is not None for given in (form.mask, form.slopes, form.documents))
+    return (CONFIGS_MASKED if masked else CONFIGS)[_widest(q, v)]
 
 
 def _widest(q: Tensor, v: Tensor) -> int:
@@ -222,18 +250,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     mask, mask_strides = _broadcast(form.mask, q, k)
     block_m, (block_n, warps, stages) = _rows(q, k), _config(q, v, form)
     constants = _constants(q, v, form, block_m, block_n)
-    for absent in ("DROPOUT", "ALIBI", "DOCUMENTS", "GLOBALS"):
+    for absent in ("DROPOUT", "GLOBALS"):
         del constants[absent]
     first, last, keys, parts = split(q, k, v, form)
     group, rows = H // kv_heads, B * H * Tq
     acc = q.new_empty((parts, rows, DV), dtype=torch.float32)
     totals = q.new_empty((2, parts, rows), dtype=torch.float32)  # largest scores and sums
-    scale_log2, cap_log2, low, high, _ = _score_numbers(form)
+    scale_log2, cap_log2, low, high, offset = _score_numbers(form)
+    given = Rows.of(form, q, k)
     launch(
         _part_kernel, (B * kv_heads * triton.cdiv(group * Tq, block_m), parts),
-        q, k, v, mask, acc, totals,
-        *q.stride(), *k.stride(), *v.stride(), *mask_strides,
-        H, group, Tq, Tk, rows, scale_log2, cap_log2, low, high, first, last, keys, parts,
+        q, k, v, mask, given.slopes, given.places, given.documents, given.key_documents, acc, totals,
+        *q.stride(), *k.stride(), *v.stride(), *mask_strides, *given.strides[:5],
+        H, group, Tq, Tk, rows, scale_log2, cap_log2, low, high, offset, first, last, keys, parts,
         **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     additive = mask is not None and mask.dtype != torch.uint8

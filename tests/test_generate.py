@@ -36,6 +36,9 @@ def language_model(name: str) -> nn.Module:
     if name == "GPT2":
         sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **tokens)).eval()
+    if name == "Bloom":
+        sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+        return transformers.BloomForCausalLM(transformers.BloomConfig(**sizes, **tokens)).eval()
     sizes = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -67,6 +70,7 @@ def sites(model: nn.Module) -> list[int]:
         ("Mistral", None, True, 3),  # a window that the tokens leave
         ("Qwen3", None, False, 3),
         ("GPT2", None, True, 3),
+        ("Bloom", None, True, 3),  # ALiBi of places that padding shifts
     ],
 )
 def test_every_step_is_fused_and_few_are_captured(name, cache, padded, captures, any_size_pays) -> None:
@@ -131,6 +135,21 @@ def test_decoding_stays_where_splitting_the_keys_pays(priced_for_a_gpu, prompt_l
     assert all(f.implementation.startswith("own decoding kernel: few queries") for f in fused)
     gains = [f.estimated_gain for f in fused]
     assert all(gain is not None and gain > 1.0 for gain in gains)
+
+
+def test_bloom_decodes_by_the_decoding_kernels(priced_for_a_gpu) -> None:
+    """ALiBi of places that are data, beside padding; eager's tokens."""
+    model = language_model("Bloom")
+    options = prompt(True)
+    filler = torch.randint(3, 96, (2, 400), generator=torch.Generator().manual_seed(2))
+    options["input_ids"] = torch.cat([options["input_ids"], filler], 1)
+    options["attention_mask"] = torch.cat([options["attention_mask"], torch.ones_like(filler)], 1)
+    expected = model.generate(**options, max_new_tokens=NEW)
+    fusekit.optimize(model)
+    assert torch.equal(model.generate(**options, max_new_tokens=NEW), expected)
+    fused = [f for f in fusekit.explain(model).fused if f.op == "attention" and f.shapes[0][2] == 1]
+    assert len(fused) == 4  # two layers, behind a cache of one length and of any
+    assert all(f.implementation.startswith("own decoding kernel") for f in fused)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Calls of `attention` that its decoding kernels take, in every form they have: what is to be compiled.
 
-Samples reach a form or two; here are masks, caps, bands and head sizes, with both sizes of the tile.
+Samples reach a form or two; here are masks, caps, bands, ALiBi, documents and head sizes, with both sizes of
+the tile.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 
 from fusekit.kernels.attention import OP
+from fusekit.kernels.attention_decode import _join_kernel, _part_kernel
 from fusekit.kernels.launch import Launch, record
 from fusekit.kernels.op import DTYPES
 
 KEYS = 4096
 FEATURES = (64, 128, 256)
+KERNELS = (_part_kernel, _join_kernel)
 HEADS = ((32, 8, 1), (32, 4, 4))  # of queries, of keys; queries
 
 
@@ -29,7 +32,7 @@ def launches(target: str) -> Iterator[Launch]:
                 for form in _forms(heads, queries, dtype):
                     with record(target) as found:
                         OP.fused(q, k, v, **form)
-                    yield from found
+                    yield from (start for start in found if start.kernel in KERNELS)
 
 
 def _forms(heads: int, queries: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -38,5 +41,10 @@ def _forms(heads: int, queries: int, dtype: torch.dtype) -> Iterator[dict[str, A
     bias = torch.empty(1, heads, queries, KEYS, dtype=dtype)
     yield from ({}, window, {"mask": padding})
     yield {**window, "mask": bias, "softcap": 50.0, "sinks": torch.empty(heads, dtype=dtype)}
+    slopes, rows = torch.empty(heads), torch.empty(1, KEYS, dtype=torch.int64)
+    yield {**window, "slopes": slopes}
+    yield {"slopes": slopes, "places": rows, "mask": padding}
+    yield {**window, "slopes": slopes, "places": rows, "mask": bias}
+    yield {**window, "documents": rows[:, :queries], "key_documents": rows}
     if dtype == torch.float32:
         yield {"tf32": True}

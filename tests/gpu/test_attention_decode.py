@@ -165,13 +165,55 @@ def test_what_the_ordinary_kernel_keeps(taken):
     assert not taken
 
 
-def test_slopes_and_documents_are_left_to_the_ordinary_kernel(taken):
-    q, k, v = (torch.randn(1, 2, T, 16, device="cpu").to("cuda").requires_grad_() for T in (4, 160, 160))
-    slopes = torch.tensor([0.5, 0.25]).to("cuda")
-    places = torch.arange(160, dtype=torch.int32).to("cuda")
-    args = (q, k, v, *FAR[:1], False, *FAR[2:], None, 156, None, None, slopes)
-    torch.testing.assert_close(OP.fused(*args), OP.reference(*args), rtol=1e-4, atol=1e-4)
-    documents = (places >= 100).to(torch.int64)
-    args = (*args[:-1], None, None, documents[None, -4:], documents[None])
-    torch.testing.assert_close(OP.fused(*args), OP.reference(*args), rtol=1e-4, atol=1e-4)
-    assert not taken
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_alibi_of_a_cache(dtype, queries, taken):
+    """MPT: slopes of heads that share keys, the last query beside the last key."""
+    q, k, v = heads(2, queries, 4, 32, dtype), heads(2, 150, 2, 32, dtype), heads(2, 150, 2, 32, dtype)
+    slopes = (2.0 ** -torch.arange(1.0, 5.0)).to("cuda")
+    plain = (None, True, *FAR[2:], None, 150 - queries, None, None)
+    assert_parity((q, k, v, *plain, slopes))
+    assert taken and taken[0] > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_alibi_of_padded_sequences(dtype, taken):
+    """Bloom: slopes of each sequence times the places of its keys, which are data; a row without keys.
+
+    Gentle slopes: a bias of 100 costs float32 scores its digits, in the ordinary kernel as here.
+    """
+    q, k, v = (heads(3, T, 3, 32, dtype) for T in (1, 140, 140))
+    padding = torch.arange(140) >= torch.tensor([0, 100, 140])[:, None]
+    places = ((padding.long().cumsum(-1) - 1) * padding).to("cuda")
+    slopes = torch.tensor([[0.1, 0.05, 0.03], [0.2, 0.1, 0.05], [1.0, 2.0, 3.0]]).to("cuda")
+    args = (padding[:, None, None].to("cuda"), False, *FAR[2:], None, 0, None, None, slopes, places)
+    fused = assert_parity((q, k, v, *args))
+    assert torch.equal(fused["output"][2], torch.zeros(3, 1, 32).to("cuda"))
+    assert taken
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
+def test_documents_of_a_cache(ids, taken):
+    """Numbers in any order, of one sequence or of each, beside a window; a query without keys."""
+    q, k, v = heads(2, 2, 4, 32), heads(2, 150, 1, 32), heads(2, 150, 1, 32)
+    theirs = torch.stack([torch.arange(150) // 60, 7 - torch.arange(150) // 40]).to("cuda", ids)
+    ours = torch.tensor([[1, 2], [4, 9]]).to("cuda", ids)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0]).to("cuda")
+    for rest in (
+        (None, False, *FAR[2:], None, 0, None, None, None, None, ours, theirs),
+        (None, True, *FAR[2:], 140, 148, None, None, None, None, ours, theirs),
+        (None, False, *FAR[2:], None, 0, None, None, None, None, ours[0], theirs[0]),
+    ):
+        assert_parity((q, k, v, *rest))
+    assert len(taken) == 3
+    for softcap, given in ((20.0, None), (None, slopes)):  # more than registers hold: the ordinary kernel
+        assert_parity((q, k, v, None, True, *FAR[2:], None, 148, softcap, None, given, None, ours, theirs))
+    assert len(taken) == 3
+
+
+def test_a_group_that_leaves_rows_of_a_tile_empty_reads_no_slope_of_theirs(taken):
+    """3 heads share a key head: of 16 rows 3 exist, and the slopes end with theirs."""
+    q, k, v = heads(1, 1, 3, 16), heads(1, 130, 1, 16), heads(1, 130, 1, 16)
+    slopes = torch.tensor([0.5, 0.25, 0.125]).to("cuda")
+    assert_parity((q, k, v, *FAR, None, 129, None, None, slopes))
+    assert taken
