@@ -201,7 +201,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, form: Form) -> bool:
 def _crowded(q: Tensor, v: Tensor, form: Form) -> bool:
     """Whether slopes or documents meet what the kernel was not compiled with, or spills registers with."""
     if form.documents is not None:
-        return form.demands > 1 or (q.dtype == torch.float32 and _widest(q, v) > 64)
+        return form.demands > 1 or _widest(q, v) > (64 if q.dtype == torch.float32 else 128)
     return form.slopes is not None and form.softcap is not None
 
 
