@@ -52,7 +52,10 @@ class Recipe:
     keep: modules that stay, by name or pattern ("blocks.*.attention").
     attention: None leaves attention in 16 bits; "head" and "block" cast q, k, v and P of its forward pass,
         with one scale a head or one for 128 tokens of it (attention_fp8.py), where the recipe keeps no
-        module around it. These six are about a model and are no part of the token.
+        module around it.
+    constant_weights: promises that no weight is written through `.data`, as PEFT merges adapters, where that
+        cannot be seen: codes of weights that take no gradient, and of all in inference, are then made once.
+        These seven are about a model and are no part of the token.
     """
 
     forward: torch.dtype = torch.float8_e4m3fn
@@ -70,6 +73,7 @@ class Recipe:
     history: int = 1024
     margin: int = 0
     attention: str | None = None
+    constant_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("forward", "gradient"):

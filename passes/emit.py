@@ -37,6 +37,8 @@ def graph_inputs(region: Region, args: Sequence[Any]) -> Sequence[Any]:
     """What the region's graph takes, from what Dynamo passes: copies of parameters and scales are added."""
     if not region.input_casts:
         return args
+    recipe = region.settings.recipe
+    region.weights.holds = recipe is not None and recipe.constant_weights
     return cast_parameters(args, region.input_casts, region.weights, region.settings.scales)
 
 

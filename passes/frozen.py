@@ -1,7 +1,8 @@
 """When FP8 codes of a weight that takes no gradient serve again: of frozen weights, such as those that LoRA
 adapts, and of all weights while no gradients are recorded.
 
-No gradient tells when such a weight changes, as it does for others (weights.py). Codes serve again where
+No gradient tells when such a weight changes, as it does for others (weights.py), and a write through `.data`
+leaves no trace. So codes serve again only where Recipe.constant_weights promises that there is none, and
 
   - it is the same Parameter, at the same address, with the same `_version`;
   - it has no `.grad` that an optimizer could still apply, or its updates are known to be seen;
@@ -10,7 +11,7 @@ No gradient tells when such a weight changes, as it does for others (weights.py)
     they are compared on the device, at each optimizer step until one is seen to have left the weight alone,
     then on every CALLS-th call, and the answer is read in a later call. Until a step has left it alone a
     weight is cast after each, so that a teacher that follows its student through `.data` does not lag behind.
-    One that is written through `.data` later is noticed late, said in a warning, and cast on every call from
+    A promise that is broken later is noticed late, said in a warning, and the weight cast on every call from
     then on.
 
 With delayed scales weights are cast anew, as their scales move.

@@ -88,6 +88,7 @@ class WeightCache:
         self.copies: dict[int, _Copy] = {}
         self.sampled = True  # compare elements, where that does not stall a device
         self.refreshed = 0  # casts made so far, for tests and reports
+        self.holds = False  # codes of weights that take no gradient: Recipe.constant_weights
 
 
 def cast_parameters(
@@ -205,7 +206,9 @@ def _refresh(
     for cast in stale:
         parameter, copy = args[cast.source], cache.copies.get(cast.target)
         kept = torch.is_grad_enabled() and parameter.requires_grad and not paused
-        held = not kept and isinstance(cast, InputOperand) and may_hold(parameter, _delayed(cast))
+        held = False
+        if isinstance(cast, InputOperand) and cache.holds and not kept:
+            held = may_hold(parameter, _delayed(cast))
         if isinstance(cast, InputOperand):
             made[cast.target] = _quantise(cast, parameter, scales)
         elif kept and copy is not None and _can_overwrite(copy, parameter):

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import fusekit
 from fusekit.kernels import linear_fp8_cpu
 from fusekit.kernels.linear_fp8_cpu import WEIGHT
+from fusekit.kernels.recipe import Recipe
 from fusekit.passes import frozen
 
 LAYERS = 3
+CONSTANT = Recipe(constant_weights=True)
 
 
 class Adapted(nn.Module):
@@ -61,7 +63,7 @@ def fresh(model: Adapted, x: Tensor) -> Tensor:
     twin = Adapted()
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
-        return fusekit.optimize(twin, precision="fp8")(x)
+        return fusekit.optimize(twin, precision=CONSTANT)(x)
 
 
 def train(model: Adapted, steps: int, **sizes: Any) -> list[Tensor]:
@@ -78,10 +80,10 @@ def train(model: Adapted, steps: int, **sizes: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_frozen_weights_are_quantised_once_in_training(weights: list[Tensor], fused: bool) -> None:
-    model = fusekit.optimize(Adapted(), precision="fp8")
+    model = fusekit.optimize(Adapted(), precision=CONSTANT)
     losses = train(model, 5, fused=fused)
     assert len(weights) == LAYERS
-    twin = fusekit.optimize(Adapted(), precision="fp8")
+    twin = fusekit.optimize(Adapted(), precision=CONSTANT)
     for layer in twin.layers:  # asks for gradients: made anew for each step
         layer.weight.requires_grad_(True)
     assert all(map(torch.equal, losses, train(twin, 5, fused=fused)))
@@ -90,7 +92,7 @@ def test_frozen_weights_are_quantised_once_in_training(weights: list[Tensor], fu
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("asks", [False, True])
 def test_inference_quantises_once(weights: list[Tensor], mode: Any, asks: bool) -> None:
-    model = fusekit.optimize(Adapted().requires_grad_(asks), precision="fp8")
+    model = fusekit.optimize(Adapted().requires_grad_(asks), precision=CONSTANT)
     x = torch.randn(6, 32)
     with mode():
         results = [model(x) for _ in range(4)]
@@ -106,7 +108,7 @@ CHANGES = ["data", "merge", "copy", "load", "optimizer", "fused optimizer", "par
 def test_a_changed_weight_is_quantised_anew(change: str, asks: bool, recorded: bool) -> None:
     model = Adapted()
     model.layers.requires_grad_(asks)
-    fusekit.optimize(model, precision="fp8")
+    fusekit.optimize(model, precision=CONSTANT)
     x = torch.randn(6, 32)
     with torch.set_grad_enabled(recorded):
         for _ in range(2):
@@ -137,7 +139,7 @@ def test_a_changed_weight_is_quantised_anew(change: str, asks: bool, recorded: b
 
 def test_validation_between_steps_follows_the_optimizer(weights: list[Tensor]) -> None:
     """Weights that learn: validation quantises them once for each time that they moved."""
-    model = fusekit.optimize(Adapted().requires_grad_(True), precision="fp8")
+    model = fusekit.optimize(Adapted().requires_grad_(True), precision=CONSTANT)
     optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(6, 32)
     for step in range(3):
         model(x).square().sum().backward()
@@ -152,7 +154,7 @@ def test_validation_between_steps_follows_the_optimizer(weights: list[Tensor]) -
 
 
 def test_a_gpu_trusts_a_weight_that_a_step_has_left_alone(weights: list[Tensor], as_on_a_gpu: None) -> None:
-    model = fusekit.optimize(Adapted(), precision="fp8")
+    model = fusekit.optimize(Adapted(), precision=CONSTANT)
     train(model, 3)
     assert len(weights) <= 3 * LAYERS
     before = len(weights)
@@ -162,7 +164,7 @@ def test_a_gpu_trusts_a_weight_that_a_step_has_left_alone(weights: list[Tensor],
 
 def test_a_teacher_written_through_data_never_lags_on_a_gpu(as_on_a_gpu: None) -> None:
     teacher, student = Adapted().requires_grad_(False), nn.Linear(4, 4)
-    fusekit.optimize(teacher, precision="fp8")
+    fusekit.optimize(teacher, precision=CONSTANT)
     optimizer, x = torch.optim.SGD(student.parameters(), lr=0.1), torch.randn(6, 32)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
@@ -175,7 +177,7 @@ def test_a_teacher_written_through_data_never_lags_on_a_gpu(as_on_a_gpu: None) -
 
 
 def test_a_late_write_on_a_gpu_is_said_and_ends_the_trust(weights: list[Tensor], as_on_a_gpu: None) -> None:
-    model = fusekit.optimize(Adapted(), precision="fp8")
+    model = fusekit.optimize(Adapted(), precision=CONSTANT)
     train(model, 4)
     model.layers[0].weight.data.mul_(0.5)
     with pytest.warns(UserWarning, match=r"32×32 that takes no gradient was written to through \.data"):
@@ -188,6 +190,18 @@ def test_a_late_write_on_a_gpu_is_said_and_ends_the_trust(weights: list[Tensor],
 
 
 def test_delayed_scales_move_and_weights_with_them(weights: list[Tensor]) -> None:
-    model = fusekit.optimize(Adapted(), precision="fp8-delayed")
+    model = fusekit.optimize(Adapted(), precision=Recipe(delayed=True, constant_weights=True))
     train(model, 3)
     assert len(weights) == 3 * LAYERS
+
+
+def test_without_the_promise_no_write_goes_unseen(weights: list[Tensor], as_on_a_gpu: None) -> None:
+    """Not one of a single row, which no sample of elements would tell."""
+    model = fusekit.optimize(Adapted(), precision="fp8")
+    x = torch.randn(6, 32)
+    for row in range(4):
+        before, made = model(x), len(weights)
+        model.layers[1].weight.data[row] += 1.0
+        after = model(x)
+        assert len(weights) == made + LAYERS
+        assert not torch.equal(before, after) and torch.equal(after, fresh(model, x))
