@@ -24,11 +24,12 @@ help:
 demo: .venv/ready
 	$(BIN)/python -m fusekit train --compare
 
-# The static lane keeps two cores busy by itself. The two lanes of pytest take a core each and run side by side;
-# what each prints comes when it is done, so that its closing lines stay whole.
-test: lint static traffic
-	@echo "sanitizer lane and native tests, side by side; their output comes at their end"
-	@$(MAKE) --no-print-directory -j2 --output-sync=target sanitizer native
+# The static lane keeps two cores busy by itself. The two lanes of pytest take a core each and run side by side,
+# traffic where the shorter one is through; what each prints comes when it is done, so that its closing lines stay
+# whole.
+test: lint static
+	@echo "native tests and sanitizer lane, side by side, then traffic; their output comes at their end"
+	@$(MAKE) --no-print-directory -j2 --output-sync=target native sanitizer traffic
 
 native: .venv/ready
 	$(BIN)/python -m pytest

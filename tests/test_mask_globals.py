@@ -265,7 +265,7 @@ def _tree(draw: Any, rows: int, columns: int, depth: int) -> Build:
     return lambda pad: joins[style](inner(pad), other(pad))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(st.data())
 def test_what_is_recovered_is_the_mask(data: Any) -> None:
     rows, columns = data.draw(st.sampled_from([(5, 5), (4, 6), (6, 4)]))
