@@ -52,8 +52,10 @@ class PrecisionController(PrecisionDecisions):
         self._samples: Samples | None = None
         self._owner: Callable[[], Session | None] = lambda: None
         self._told: tuple[Any, ...] = ()
-        self._in_step = False
-        self._some_step = False  # of the ranks, and others not: then none waits for them in `step`
+        self._stepped = False  # `step` ended this step
+        self._all_step: bool | None = (
+            None  # whether all ranks call `step`; none waits there before it is known
+        )
 
     def attach(self, session: Session) -> None:
         """`optimize` says whose precision it is; the session owns the controller."""
@@ -85,13 +87,9 @@ class PrecisionController(PrecisionDecisions):
         """End an optimizer step; its loss and gradient norm, not waited for, feed the guard."""
         if self.config.guard and not (loss is None and gradient_norm is None):
             self._guard.add((loss, gradient_norm))
-        self._watch.updated = True
-        if not self._some_step:
-            self._in_step = True
-            try:
-                self._conclude()
-            finally:
-                self._in_step = False
+        self._watch.updated = self._stepped = True
+        if self._all_step or not self._joins_ranks:
+            self._conclude()
 
     def revert(self, layers: Mapping[str, str]) -> None:
         """Take layers out of FP8 for good: `verify` found why."""
@@ -135,7 +133,8 @@ class PrecisionController(PrecisionDecisions):
         sampled_at = -max(self.config.every, self.config.calibration) if pending else self._sampled_at
         return {
             "plan": self.plan.to_dict(), "step": self._step, "sampled_at": sampled_at,
-            "ended": self._watch.updated, "calibrating": self._calibrating, "planned": self._planned,
+            "ended": self._watch.updated, "all_step": self._all_step,
+            "calibrating": self._calibrating, "planned": self._planned,
             "guard": self._guard.state.tolist(), "guard_fed": self._guard.fed,
             "alarms": self._alarms,
             "guarded_until": self._guarded_until, "changes": [dict(change) for change in self.changes],
@@ -153,7 +152,7 @@ class PrecisionController(PrecisionDecisions):
         plan.check(self._session.model)
         self._layers, self.fine = dict(plan.layers), plan.fine
         self._step, self._sampled_at = state["step"], state["sampled_at"]
-        self._watch.updated = state["ended"]
+        self._watch.updated, self._all_step = state["ended"], state.get("all_step")
         self._calibrating, self._planned = state["calibrating"], state["planned"]
         self._guard.state = torch.tensor(state["guard"], dtype=torch.float64)
         self._guard.fed = state["guard_fed"]
@@ -208,11 +207,11 @@ class PrecisionController(PrecisionDecisions):
     def _next_step(self) -> None:
         self._conclude()
         _release(self._session)
-        self._watch.updated = False
+        self._watch.updated = self._stepped = False
         self._step += 1
         if self._calibrating and self._step >= self.config.calibration:
             self._end_calibration()
-        if self.config.guard and self._step % GUARD_READ == 0:
+        if self.config.guard and not self._idle and self._step % GUARD_READ == 0:
             self._read_guard()
         if self._told != self._tellable:
             self._apply()
@@ -250,8 +249,8 @@ class PrecisionController(PrecisionDecisions):
         """The worst of all ranks, which may have run different layers, as layer dropout does."""
         ranks: list[Any] = [None] * dist.get_world_size()
         seen = {key: self._layers[key[0]].shape for key in found}
-        dist.all_gather_object(ranks, (seen, self._in_step))
-        self._some_step = self._some_step or len({in_step for _, in_step in ranks}) > 1
+        dist.all_gather_object(ranks, (seen, self._stepped))
+        self._all_step = self._all_step is not False and all(stepped for _, stepped in ranks)
         shapes: dict[Key, tuple[int, int]] = {}
         for of_rank, _ in ranks:
             shapes |= of_rank

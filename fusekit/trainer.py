@@ -226,6 +226,9 @@ class Trainer:
         state = load_checkpoint(path)
         now = {k: v for k, v in (asdict(self.config) | self.identity).items() if k not in MAY_CHANGE}
         then = asdict(TrainConfig()) | state["config"] | state["identity"]
+        for settings in (now, then):  # however the path of a plan is spelled
+            if is_plan(str(settings["precision"])):
+                settings["precision"] = str(Path(settings["precision"]).resolve())
         differing = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
         if differing:
             raise ValueError(

@@ -41,7 +41,8 @@ from fusekit.kernels.attention_supports import supports
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.library import Function, define, refuse_double_backward
 from fusekit.kernels.op import Op
-from fusekit.kernels.tape import NEVER
+from fusekit.kernels.tape import NEVER, PATIENT
+from fusekit.kernels.times_file import OWN
 
 
 def reference(
@@ -189,9 +190,18 @@ def _depends(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Any:
     return attention_choice.state(), slopes is not None and slopes.requires_grad
 
 
-def _backward_depends(*args: Any) -> Any:
-    *_, deterministic = args
-    return attention_choice.state() if deterministic else NEVER
+def _backward_depends(
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, bias_grad: bool,
+    *settings: Any,
+) -> Any:  # fmt: skip
+    return attention_choice.state() if _repeats(q, k, v, *settings) else NEVER
+
+
+def _repeats(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> bool:
+    """Whether the backward pass has the same bits each time: it is our own."""
+    if settings[_DETERMINISTIC] or not on_gpu(q):
+        return True
+    return attention_gradient.choose(q, k, v, Form(*settings)).name == OWN
 
 
 _forward_op = define(
@@ -200,6 +210,7 @@ _forward_op = define(
     _forward_fake,
     check=_check,
     depends=_depends,
+    patience=PATIENT,
 )
 _backward_op = define(
     "attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
@@ -212,6 +223,7 @@ _backward_op = define(
 
 _SINKS = 3 + Form._fields.index("sinks")
 _SLOPES = Form._fields.index("slopes")
+_DETERMINISTIC = Form._fields.index("deterministic")
 _TENSORS = tuple(Form._fields.index(name) for name in TENSORS)
 
 
@@ -220,7 +232,10 @@ class _Attention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
         out, stats = _forward_op(q, k, v, *settings)
         ctx.save_for_backward(q, k, v, out, stats, *(settings[place] for place in _TENSORS))
-        ctx.settings = tuple(None if isinstance(value, Tensor) else value for value in settings)
+        kept = [None if isinstance(value, Tensor) else value for value in settings]
+        # What decides now, as torch.nn.attention.sdpa_kernel around the forward pass, decides of both.
+        kept[_DETERMINISTIC] = _repeats(q, k, v, *settings)
+        ctx.settings = tuple(kept)
         return out
 
     @staticmethod

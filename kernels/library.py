@@ -30,6 +30,7 @@ def define(
     tags: tuple[torch.Tag, ...] = (),
     check: Callable[..., Any] | None = None,
     depends: Callable[..., Hashable] | None = None,
+    patience: int = 1,
 ) -> Any:
     """Register an op and return its overload, or of an inner one what calls it the shortest way.
 
@@ -45,6 +46,7 @@ def define(
         tags: torch.Tag values for the schema.
         check: of an inner op: raises where its arguments do not do; not asked of calls that are on tape.
         depends: of an inner op: what decides, besides its arguments, what it does on a GPU (tape.py).
+        patience: of an inner op: calls of a kind before one is watched for a tape.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=tags)
@@ -52,7 +54,7 @@ def define(
     plainly = without_autocast(run)
     arguments = getattr(torch.ops.fusekit, name).default._schema.arguments
     writes = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
-    taped = None if autograd is not None else Taped(plainly, depends, name, writes)
+    taped = None if autograd is not None else Taped(plainly, depends, name, writes, patience)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, taped or plainly, key)
 

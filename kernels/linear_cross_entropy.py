@@ -31,6 +31,7 @@ from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.gemm import matmul
 from fusekit.kernels.launch import launch, on_gpu
 from fusekit.kernels.library import Function, define, refuse_double_backward
+from fusekit.kernels.linear_gpu import asks_tf32, use_tf32
 from fusekit.kernels.op import Op, Sample, not_runnable
 
 REDUCTIONS = ("mean", "sum")
@@ -112,7 +113,7 @@ def _forward_triton(
     pitch = triton.cdiv(V, ALIGNED) * ALIGNED
     logits = x.new_empty((rows, pitch), dtype=torch.float32)[:, :V]
     low = logits if x.dtype == torch.float32 else x.new_empty((rows, pitch))[:, :V]
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = use_tf32(x, False)
     for start in range(0, M, max(rows, 1)):
         here = slice(start, min(start + rows, M))
         count = here.stop - start
@@ -179,6 +180,7 @@ _forward_op = define(
     " str reduction, float label_smoothing, bool[3] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _empty_forward,
+    depends=asks_tf32,
 )
 
 

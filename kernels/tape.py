@@ -13,7 +13,8 @@ played.
 
 The first call of a kind is only noted: sizes that never come again are not worth a tape. The second is
 watched. The third is computed both ways, and only a tape whose results are the same bits is played from the
-fourth on: all ops sum in a fixed order. FUSEKIT_TAPES=0 runs every call as it is written.
+fourth on: all ops sum in a fixed order. Of attention PATIENT calls are noted: a cache that grows makes a new
+kind of every step, which comes once a layer. FUSEKIT_TAPES=0 runs every call as it is written.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fusekit.kernels.tape_watch import Watch, tensors_in
 from fusekit.kernels.tape_writer import Tape, tape_of
 
 MOST_TAPES = 4096  # of an op; then all are dropped
+PATIENT = 128  # calls: more than a model has layers
 ENABLED = os.environ.get("FUSEKIT_TAPES", "1") != "0"
 NEVER = object()  # what `depends` says of calls whose bits two runs need not share: they are not played
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -99,9 +101,13 @@ def same_bits(results: Any, others: Any) -> bool:
 
 
 def _fill(tensors: list[Tensor], values: list[Tensor]) -> None:
-    with torch.no_grad():
-        for x, value in zip(tensors, values, strict=True):
-            x.copy_(value)
+    """Uncounted, as kernels write: a checkpoint may keep such a tensor among its inputs."""
+    for x, value in zip(tensors, values, strict=True):
+        x.data.copy_(value)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
 
 
 def _capturing() -> bool:
@@ -112,18 +118,18 @@ class Taped:
     """An op's function and its tapes.
 
     depends: what else decides what the function does, asked of its arguments at each call.
-    writes: places of the arguments that it writes to.
+    writes: places of the arguments that it writes to. patience: calls of a kind before one is watched.
     unproved: what was watched, and not yet compared with another call.
     """
 
     def __init__(
         self, run: Callable[..., Any], depends: Callable[..., Hashable] | None = None, name: str = "an op",
-        writes: tuple[int, ...] = (),
+        writes: tuple[int, ...] = (), patience: int = 1,
     ) -> None:  # fmt: skip
-        self.run, self.depends, self.name, self.writes = run, depends, name, writes
+        self.run, self.depends, self.name, self.writes, self.patience = run, depends, name, writes, patience
         self.tapes: dict[tuple[Any, ...], Tape] = {}
         self.unproved: dict[tuple[Any, ...], Tape] = {}
-        self.noted: dict[tuple[Any, ...], str] = {}  # kinds that came, and why they can not be played
+        self.noted: dict[tuple[Any, ...], int | str] = {}  # how often a kind came, or why it is not played
         _every.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,8 +150,12 @@ class Taped:
         key, addresses = self._kind(args)
         if key is None or _capturing():
             return self.run(*args)
-        if key in self.unproved:
-            return self._proved(key, addresses, args)
+        tape, unproved = self.tapes.get(key), self.unproved.pop(key, None)  # of two threads one compares
+        if tape is not None:
+            device, stream = launch.current()
+            return tape.play(addresses, stream, args) if device == tape.device else self.run(*args)
+        if unproved is not None:
+            return self._proved(key, unproved, addresses, args)
         return self._watched(key, args) if self._comes_again(key) else self.run(*args)
 
     def played(self, args: tuple[Any, ...]) -> Any:
@@ -166,13 +176,14 @@ class Taped:
         return (tuple(key) if playable else None), addresses
 
     def _comes_again(self, key: tuple[Any, ...]) -> bool:
-        """Whether to watch: the kind came before, and nothing stood in the way when it was watched."""
-        obstacle = self.noted.get(key)
-        if obstacle is None:
-            if len(self.noted) >= MOST_TAPES:
-                self.forget()
-            self.noted[key] = ""
-        return obstacle == ""
+        """Whether to watch: the kind came often enough, and nothing stood in the way when it was watched."""
+        noted = self.noted.get(key, 0)
+        if noted == 0 and len(self.noted) >= MOST_TAPES:
+            self.forget()
+        if isinstance(noted, int) and noted < self.patience:
+            self.noted[key] = noted + 1
+            return False
+        return isinstance(noted, int)
 
     def _watched(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         tensors: list[Tensor] = []
@@ -180,14 +191,17 @@ class Taped:
         watch = Watch(tensors)
         with launch.watch(watch.started), watch:
             returned = self.run(*apart)
-        tape = tape_of(watch, returned)
+        try:
+            tape = tape_of(watch, returned)
+        except Exception as error:  # of a call that is done: it must not be the user's
+            tape, watch.obstacle = None, _said(error)
         if tape is None:
             self.noted[key] = watch.obstacle
         else:
             self.unproved[key] = tape
         return returned
 
-    def _proved(self, key: tuple[Any, ...], addresses: list[int], args: tuple[Any, ...]) -> Any:
+    def _proved(self, key: tuple[Any, ...], tape: Tape, addresses: list[int], args: tuple[Any, ...]) -> Any:
         """The call as it is written; its tape is kept if it does the same."""
         written = tensors_in([args[place] for place in self.writes if place < len(args)])
         before = [x.clone() for x in written]
@@ -195,17 +209,21 @@ class Taped:
         after = [x.clone() for x in written]
         try:
             _fill(written, before)
-            played = self.unproved[key].play(addresses, launch.current()[1], args)
+            played = tape.play(addresses, launch.current()[1], args)
             same = same_bits([returned, after], [played, written])
         except torch.OutOfMemoryError:
-            return returned  # results twice at a time: another call may find room
+            self.noted[key] = "no room for its results twice"
+            return returned
+        except Exception as error:
+            same, why = False, _said(error)
+        else:
+            why = "it computed other bits"
         finally:
             _fill(written, after)
-        tape = self.unproved.pop(key)
         if same:
             self.tapes[key] = tape
         else:
-            self.noted[key] = "played, it computed other bits"
+            self.noted[key] = f"played, {why}"
             warnings.warn(f"fusekit: {self.name}: {self.noted[key]}; it runs as it is written", stacklevel=2)
         return returned
 

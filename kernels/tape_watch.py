@@ -86,7 +86,11 @@ class Watch(TorchDispatchMode):
         name = func._schema.name
         if name in ALLOCATING:
             self.steps.append(Buffer(self._new_slot(returned), returned))
-        elif (func.is_view or name in VIEWS_BY_ANOTHER_SCHEMA) and id(args[0]) in self.places:
+        elif (
+            (func.is_view or name in VIEWS_BY_ANOTHER_SCHEMA)
+            and id(args[0]) in self.places
+            and _share_memory(returned, args[0])
+        ):
             self._viewed(returned, args[0])
         elif name.startswith("aten::") and UNPLAYABLE.isdisjoint(func.tags):
             self._called(Called(func, args, kwargs, returned))
@@ -126,6 +130,12 @@ class Watch(TorchDispatchMode):
         else:
             self.alive += [x for x in args if isinstance(x, Tensor)]
             self.steps.append(Started(start, args))
+
+
+def _share_memory(returned: Any, base: Tensor) -> bool:
+    """Whether all are views: in inference mode `contiguous` itself is seen, which is one or copies."""
+    memory = base.untyped_storage().data_ptr()
+    return all(x.untyped_storage().data_ptr() == memory for x in tensors_in([returned]))
 
 
 def tensors_in(values: Any) -> list[Tensor]:

@@ -32,7 +32,30 @@ def tape_of(watch: Watch, returned: Any) -> Tape | None:
     found = tensors_in([returned])
     if any(id(x) not in watch.places or watch.places[id(x)].slot < watch.inputs for x in found):
         watch.obstacle = watch.obstacle or "what it returns was not made by it"
+    if not watch.obstacle and _unwritten(watch, returned):
+        watch.obstacle = "memory that nobody was seen to write"  # a kernel that PyTorch does not know of
     return None if watch.obstacle else _Writer(watch).write(returned)
+
+
+def _unwritten(watch: Watch, returned: Any) -> bool:
+    """Whether an operator reads, or the call returns, memory that no step before it may have written."""
+    written = set(range(watch.inputs))
+    buffers: set[int] = set()
+
+    def slots(values: Any) -> set[int]:
+        return {watch.places[id(x)].slot for x in tensors_in([values]) if x.numel() and id(x) in watch.places}
+
+    for step in watch.steps:
+        match step:
+            case Buffer(slot, made):
+                buffers |= {slot} if made.numel() else set()
+            case Started(_, args):
+                written |= slots(args)
+            case Called(function, args, kwargs, made):
+                if not function._schema.is_mutable and slots([args, kwargs]) & buffers - written:
+                    return True
+                written |= slots([args, kwargs]) | slots(made)
+    return bool(slots(returned) & buffers - written)
 
 
 class _Writer:
@@ -103,6 +126,7 @@ class _Writer:
         return last | {places[id(x)].slot: len(steps) for x in tensors_in([returned])}
 
     def _start(self, start: Start, args: tuple[Any, ...]) -> None:
+        self.constant(start.compiled)  # which must live as long as its function may be called
         handles = [*map(str, start.grid), "stream", self.constant(start.function),
                    self.constant(start.metadata), "None", "None", "None"]  # fmt: skip
         given = [self.address(x) if isinstance(x, Tensor) else self.constant(x) for x in args]
@@ -159,6 +183,8 @@ class _Writer:
             name = f"{name}.view({self.constant(x.dtype)})"  # of contiguous memory, or PyTorch refuses
         begin = f"{name}.storage_offset() + {offset // x.element_size()}"
         view = f"{name}.as_strided({tuple(x.shape)}, {x.stride()}, {begin})"
+        if held.is_inference() or x.is_inference():
+            return view
         return f"{view}.data" if held._version > x._version else view  # whose writes nobody counts
 
 

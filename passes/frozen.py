@@ -70,7 +70,9 @@ class Held:
         self.crossed, self.calls = crossed, 0
 
     def _read(self, parameter: Tensor) -> None:
-        if self.answer is None or (self.event is not None and not self.event.query()):
+        if self.answer is None or (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if self.event is not None and not self.event.query():
             return
         changed, self.answer, self.event = bool(self.answer), None, None
         if self.crossed:

@@ -95,7 +95,7 @@ def test_layers_of_other_scales_take_no_part_and_a_return_begins_anew() -> None:
 
 
 def test_a_run_resumes_with_the_same_bits() -> None:
-    config = AutoPrecision(mode="adaptive", every=2, calibration=2)
+    config = AutoPrecision(every=2, calibration=2)
     straight, broken = (fusekit.optimize(gpt(), precision=config) for _ in range(2))
     train(straight, 5)
     train(broken, 5)
@@ -134,5 +134,7 @@ def test_a_layer_that_saturates_leaves_fp8() -> None:
 
 
 def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="of long ago"):
+        AutoPrecision(mode="adaptive")
     with pytest.raises(ValueError, match="history is 1 to 1024"):
         AutoPrecision(history=0)
