@@ -207,6 +207,22 @@ def test_ordered_algorithms_overrule(on_gpu, monkeypatch):
     assert not any(kind.backward for kind in attention_trial._outcomes)
 
 
+def test_what_holds_around_the_forward_pass_decides_of_both(on_gpu, monkeypatch):
+    """As torch.nn.attention.sdpa_kernel does, whose switches are back when autograd runs."""
+    ran = []
+    offer(monkeypatch, library(gradient=lambda *args: ran.append(1) or gradient(*args)))
+    unordered(*call()).sum().backward()
+    assert ran
+    ran.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = unordered(*call())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    out.sum().backward()
+    assert not ran
+
+
 def test_the_own_kernels_keep_what_libraries_do_not_compute(on_gpu, monkeypatch):
     offer(monkeypatch, library(gradient=failing))
     q, k, v, *_ = call()

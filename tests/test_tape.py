@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import (
+    FP8_OPS,
     OPS,
     add_layer_norm,
     attention_gradient,
@@ -69,10 +70,10 @@ def tapes() -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [*OPS, *FP8_OPS])
 def test_a_tape_does_what_the_op_does(name: str, dtype: torch.dtype) -> None:
     """Same starts and operators, in order, of the same memory, though every tensor is another one."""
-    op, played = OPS[name], 0
+    op, played = (OPS | FP8_OPS)[name], 0
     for sample in op.samples("cpu", dtype):
         if sample.bench:
             continue
