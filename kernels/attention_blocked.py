@@ -115,17 +115,18 @@ def _flash_backward(
         block = [part(x[batch], 2, r) for x, r in zip(operands, ranges, strict=True)]
         own = part(lse[batch], 2, rows)
         added = native._additive(mask, q, dtype)
+        if q.dtype != dtype:  # what was rounded shows where dS cancels: attention_native.py
+            block[4], given = native._flash(*block[1:4], 0.0, False, attn_mask=added, scale=form.scale)
+            if form.sinks is not None:
+                block[4], _ = _with_sinks(block[4], given, form.sinks)
         grads = native._flash_backward(
             *block, own.contiguous(), 0.0, False, attn_mask=added, scale=form.scale
         )
         for total, grad, r in zip(sums, grads, (rows, keys, keys), strict=True):
             add(total[batch], 2, r, grad)
         if dsinks is not None and form.sinks is not None:
-            # A sum that cancels in part, and would show that `out` was rounded.
-            exact, given = native._flash(*block[1:4], 0.0, False, attn_mask=added, scale=form.scale)
-            exact, _ = _with_sinks(exact, given, form.sinks)
             p = torch.exp(form.sinks.to(torch.float32)[:, None] - own)
-            dsinks -= (p * (block[0] * exact).sum(-1)).sum((0, 2))
+            dsinks -= (p * (block[0] * block[4]).sum(-1)).sum((0, 2))
 
 
 def _written_blocks(

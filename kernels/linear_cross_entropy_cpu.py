@@ -58,11 +58,18 @@ def forward(
         _softmax(z, safe[here], counts[here], smoothing, losses[here], share if wanted else None)
         if not wanted:
             continue
-        dz = z.to(dtype)
+        dz, hit = z.to(dtype), safe[here]
+        # What the target's element lost in rounding, as in `_forward_compiled`: always the same way, -1 for
+        # all that is nearer than half a unit to it.
+        rest = None if dtype == torch.float32 else z.gather(1, hit[:, None]) - dz.gather(1, hit[:, None])
         if grad_x is not None:
             _product(dz, weight, grad_x[here], first=True)
+            if rest is not None:
+                grad_x[here].addcmul_(weight[hit].float(), rest)
         if grad_weight is not None:
             _product(dz.t(), h, grad_weight, first=start == 0)
+            if rest is not None:
+                grad_weight.index_add_(0, hit, h.float() * rest)
         if grad_bias is not None:
             total = z.sum(0)
             grad_bias.add_(total) if start else grad_bias.copy_(total)
