@@ -78,7 +78,7 @@ def backward(
         added = _additive(mask, q, torch.float32)
         if out.dtype != torch.float32:
             # Where P is near uniform dS cancels, and would show that out was rounded: dk was 6 floors off in
-            # a GPT after 19 steps. A quarter to a half more time.
+            # a GPT after 19 steps.
             out, _ = _flash(*operands[1:], 0.0, causal, attn_mask=added, scale=scale)
         grads = _flash_backward(*operands, out, stats[0], 0.0, causal, attn_mask=added, scale=scale)
         if grads[0].dtype == q.dtype:
