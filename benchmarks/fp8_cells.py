@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.clock import Clock, CpuClock, CudaClock, samples
-from benchmarks.kernels.suite import sentence
 from benchmarks.results_file import environment
 from fusekit.kernels import fp8_choice, fp8_gemm, fp8_library, fp8_trial
 from fusekit.kernels.fp8_cast import cast, empty_operand
@@ -20,6 +19,7 @@ from fusekit.kernels.fp8_format import Operand, group_of, quantise
 from fusekit.kernels.fp8_library import Call
 from fusekit.kernels.linear_fp8 import OP
 from fusekit.kernels.recipe import PRESETS, Recipe
+from fusekit.kernels.trial import failure
 
 ROWS = 256  # of both operands where errors are measured
 SECONDS = 0.15  # of timing for one cell
@@ -51,7 +51,7 @@ class Bench:
             running, self.clock, seconds=SECONDS, least=1 if self.dry else 5, most=3 if self.dry else 50
         )
         for name, error in failed.items():
-            self.fail(name, sentence(error))
+            self.fail(name, failure(error))
         for name, taken in found.items():
             if name not in failed:
                 seconds = statistics.median(taken)
@@ -132,7 +132,7 @@ class Bench:
             a, b = (self.operand(call, recipe, side, call.square and side == 1) for side in range(2))
             output = torch.empty(call.sizes[:2], dtype=call.dtypes[2], device=self.device)
         except Exception as error:
-            return self.fail(name, sentence(error))
+            return self.fail(name, failure(error))
         calls = {f"{name} own": partial(self.own, a, b, output, recipe, call)}
         if fp8_library.unfit(call) is None:
             for accumulation in fp8_library.ACCUMULATIONS[: 1 if call.scaling == "block" else 2]:
@@ -205,7 +205,7 @@ def _failure(call: Callable[[], Any]) -> str | None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Exception as error:
-        return sentence(error)
+        return failure(error)
     return None
 
 

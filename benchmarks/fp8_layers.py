@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fp8_cells import Bench
-from benchmarks.kernels.suite import sentence
 from benchmarks.results_file import write_results
+from fusekit.kernels.trial import failure
 
 LAYERS = ((8192, 4096, 16384), (8192, 16384, 4096), (8192, 4096, 4096), (16384, 8192, 8192))
 DRY_LAYERS = ((32, 48, 64),)  # tokens, input features, output features
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             part(*sizes)
         except Exception as error:  # such as one that is out of memory: the others go on
-            bench.fail(f"{'x'.join(map(str, sizes))} all of it", sentence(error))
+            bench.fail(f"{'x'.join(map(str, sizes))} all of it", failure(error))
         if options.out is not None:
             write_results(options.out, bench.results())
     for table in tables(bench.results()):

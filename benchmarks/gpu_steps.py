@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.kernels.suite import sentence
 from benchmarks.models.providers import PROVIDERS
 from benchmarks.models.worker import SEED, Step
 from benchmarks.models.zoo import ZOO
 from benchmarks.results_file import environment, write_results
+from fusekit.kernels.trial import failure
 from fusekit.meter import Stopwatch, peak_memory, reset_peak
 
 CHOSEN = ("eager bf16", "compile bf16", "fusekit bf16")
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 found = measure(model, provider, device, 2 if options.dry else STEPS)
             except Exception as error:  # the others go on
-                found = {"failed": sentence(error)}
+                found = {"failed": failure(error)}
             results["cells"].append({"model": model, "provider": provider} | found)
             if options.out is not None:
                 write_results(options.out, results)

@@ -38,6 +38,7 @@ from benchmarks.tune_products import (
 )
 from fusekit.kernels import config_table, gemm
 from fusekit.kernels.config_table import Row, Table
+from fusekit.kernels.trial import failure
 
 SCHEMA = 1
 # (tokens, output features, input features) of a linear, the most valuable first; each gives three products.
@@ -199,7 +200,7 @@ def _tune(
             product(problem, row, splits, copies[0])
             reason = wrong(result(copies[0]), truth, problem)
         except Exception as error:  # one that fails must not hide the others
-            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            reason = failure(error)
         if reason is not None:
             tried[label] = reason
             console.print(f"{problem.key}: {label}: {reason}", style="red", highlight=False, markup=False)

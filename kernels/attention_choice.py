@@ -32,6 +32,7 @@ from fusekit.kernels import (
     attention_times,
     attention_trial,
     times_file,
+    trial,
 )
 from fusekit.kernels.attention_form import GLOBAL, Form, skipped
 from fusekit.kernels.attention_libraries import LIBRARIES, Library, beyond_libraries
@@ -209,17 +210,13 @@ def named(name: str) -> Library | None:
 def proved(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> bool:
     """Whether it passed its trial, which is held here where it was not yet."""
     kind = attention_trial.kind_of(library.name, q, k, v, form, backward)
-    if not attention_trial.was_tried(kind) and _capturing():
+    if not attention_trial.was_tried(kind) and trial.is_capturing():
         return False  # a trial waits for the device, which a CUDA graph must not hold
     run = partial(attention_adapter.both, library) if backward else partial(_forcing, library)
     if attention_trial.passes(kind, run, _reference):
         return True
     _plans.held.clear()  # the next call chooses without it
     return False
-
-
-def _capturing() -> bool:
-    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
 
 
 def _forcing(library: Library, *args: object) -> Tensor:

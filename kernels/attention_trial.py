@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusekit.kernels.attention_form import Form
 from fusekit.kernels.parity import check, deterministic, longest_sum, results_and_grads, widen
+from fusekit.kernels.trial import failure
 
 LENGTH = 200  # no multiple of a block; two blocks of every library's
 
@@ -84,8 +85,7 @@ def _try(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Tens
         with _on(kind.device):
             return _judged(kind, fused, reference)
     except Exception as error:  # whatever it is, the library cannot be used
-        text = str(error).strip().splitlines()
-        return f"on a small call it fails: {type(error).__name__}: {text[0] if text else 'no message'}"
+        return f"on a small call it fails: {failure(error)}"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusekit.kernels import fp8_gemm, fp8_library, fp8_trial, times_file
+from fusekit.kernels import fp8_gemm, fp8_library, fp8_trial, times_file, trial
 from fusekit.kernels.config_table import bucket, target_of
 from fusekit.kernels.fp8_cast import cast, empty_operand
 from fusekit.kernels.fp8_format import Operand
@@ -28,6 +28,7 @@ from fusekit.kernels.fp8_library import LIBRARY, Call
 from fusekit.kernels.launch import Plans, capability, recording
 from fusekit.kernels.recipe import Recipe
 from fusekit.kernels.times_file import OWN, Choice, fastest
+from fusekit.kernels.trial import failure
 
 SUITE = "fp8"
 # cuBLASLt's FP8 kernels are specialised by warps and load through descriptors, and ours are not.
@@ -223,21 +224,16 @@ def _library_ran(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tenso
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or ["?"])[0]
-        _failed[call] = f"at this size it fails: {type(error).__name__}: {first_line}"
+        _failed[call] = f"at this size it fails: {failure(error)}"
         _plans.held.clear()
         return False
     return True
 
 
 def _proved(call: Call) -> bool:
-    if not fp8_trial.was_tried(call) and _capturing():
+    if not fp8_trial.was_tried(call) and trial.is_capturing():
         return False  # a trial waits for the device, which a CUDA graph must not hold
     if fp8_trial.passes(call, fp8_library.run, own):
         return True
     _plans.held.clear()  # the next call chooses without it
     return False
-
-
-def _capturing() -> bool:
-    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()

@@ -17,6 +17,7 @@ from torch import Tensor
 from fusekit.kernels.fp8_format import BLOCK_GROUP, Operand, spread
 from fusekit.kernels.fp8_library import Call
 from fusekit.kernels.recipe import LARGEST
+from fusekit.kernels.trial import failure
 
 SIZES = (48, 32, 4096)  # several of cuBLAS's smallest tiles, and a contraction that shows how sums are kept
 BLOCK_SIZES = (144, 256, 4224)  # several groups of columns, and steps that 4 does not divide
@@ -56,8 +57,7 @@ def passes(call: Call, library: Run, own: Run) -> bool:
                 sizes = BLOCK_SIZES if call.scaling == "block" else SIZES
                 _outcomes[kind] = _judged(call._replace(sizes=sizes), library, own)
         except Exception as error:  # whatever it is, the library cannot be used
-            text = str(error).strip().splitlines()
-            _outcomes[kind] = f"on a small product it fails: {type(error).__name__}: {(text or ['?'])[0]}"
+            _outcomes[kind] = f"on a small product it fails: {failure(error)}"
     return _outcomes[kind] is None
 
 

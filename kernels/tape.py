@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fusekit.kernels import launch
+from fusekit.kernels import launch, trial
 from fusekit.kernels.tape_watch import Watch, tensors_in
 from fusekit.kernels.tape_writer import Tape, tape_of
 
@@ -106,14 +106,6 @@ def _fill(tensors: list[Tensor], values: list[Tensor]) -> None:
         x.data.copy_(value)
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
-
-
-def _capturing() -> bool:
-    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
-
-
 class Taped:
     """An op's function and its tapes.
 
@@ -148,7 +140,7 @@ class Taped:
         if kwargs or not ENABLED or launch.observed() or not is_quiet():
             return self.run(*args, **kwargs)
         key, addresses = self._kind(args)
-        if key is None or _capturing():
+        if key is None or trial.is_capturing():
             return self.run(*args)
         tape, unproved = self.tapes.get(key), self.unproved.pop(key, None)  # of two threads one compares
         if tape is not None:
@@ -194,7 +186,7 @@ class Taped:
         try:
             tape = tape_of(watch, returned)
         except Exception as error:  # of a call that is done: it must not be the user's
-            tape, watch.obstacle = None, _said(error)
+            tape, watch.obstacle = None, trial.failure(error)
         if tape is None:
             self.noted[key] = watch.obstacle
         else:
@@ -215,7 +207,7 @@ class Taped:
             self.noted[key] = "no room for its results twice"
             return returned
         except Exception as error:
-            same, why = False, _said(error)
+            same, why = False, trial.failure(error)
         else:
             why = "it computed other bits"
         finally:

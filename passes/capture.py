@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels.trial import failure
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import canonicalise, copy_graph, location
 from fusekit.passes.config import Config
@@ -216,6 +217,4 @@ def error_location(error: BaseException, module: fx.GraphModule) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else "no message"
-    return first if isinstance(error, NotCapturable) else f"{type(error).__name__}: {first}"
+    return str(error) if isinstance(error, NotCapturable) else failure(error)

@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fusekit.kernels.trial import is_capturing
+
 CALLS = 16
 SAMPLES = 64  # elements compared
 
@@ -59,7 +61,7 @@ class Held:
         return replace(self, elements=elements, steps=steps, calls=0)
 
     def _ask(self, parameter: Tensor, crossed: bool) -> None:
-        if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return
         differ = (self.elements != elements_of(parameter)).any()
         self.answer = torch.empty((), dtype=torch.bool, pin_memory=parameter.is_cuda)
@@ -70,7 +72,7 @@ class Held:
         self.crossed, self.calls = crossed, 0
 
     def _read(self, parameter: Tensor) -> None:
-        if self.answer is None or (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.answer is None or is_capturing():
             return
         if self.event is not None and not self.event.query():
             return

@@ -130,7 +130,7 @@ def test_a_trial_does_not_depend_on_the_callers_modes(on_gpu, monkeypatch):
 
 def test_no_trial_while_a_cuda_graph_is_captured(on_gpu, monkeypatch):
     offer(monkeypatch, library(failing))
-    monkeypatch.setattr(attention_choice, "_capturing", lambda: True)
+    monkeypatch.setattr(attention_choice.trial, "is_capturing", lambda: True)
     q, k, v = heads(520), heads(520), heads(520)
     args = (q, k, v, form(q, k, v))
     assert torch.equal(attention_choice.forward(*args)[0], attention_launch.forward(*args)[0])

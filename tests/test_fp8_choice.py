@@ -321,7 +321,7 @@ def test_a_product_is_computed_by_whom_the_choice_names(monkeypatch, act, ran):
 
 
 def test_no_trial_while_a_cuda_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(fp8_choice, "_capturing", lambda: True)
+    monkeypatch.setattr(fp8_choice.trial, "is_capturing", lambda: True)
     assert not fp8_choice._proved(call()) and not fp8_trial._outcomes
 
 

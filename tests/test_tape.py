@@ -393,7 +393,7 @@ def test_tapes_can_be_switched_off(monkeypatch) -> None:
 
 
 def test_nothing_is_watched_or_compared_while_a_graph_is_captured(monkeypatch) -> None:
-    monkeypatch.setattr(tape, "_capturing", lambda: True)
+    monkeypatch.setattr(tape.trial, "is_capturing", lambda: True)
     args = operands()
     with a_gpu(), torch.no_grad():
         for _ in range(5):

@@ -29,6 +29,7 @@ from benchmarks.kernels.providers import function
 from benchmarks.kernels.rivals import Unfit
 from benchmarks.kernels.work import Work, work
 from fusekit.ceilings import Ceilings
+from fusekit.kernels.trial import failure
 from fusekit.meter import peak_memory, reset_peak
 
 CPU_CACHE_BYTES = 64 << 20
@@ -110,7 +111,7 @@ def _judge(case: Case, settings: Settings, tasks: Mapping[str, Work]) -> tuple[C
         except Unfit as reason:
             cells |= {(provider, direction): {"skipped": str(reason)} for direction in tasks}
         except Exception as error:  # one provider that fails must not hide the others
-            cells |= {(provider, direction): {"failed": sentence(error)} for direction in tasks}
+            cells |= {(provider, direction): {"failed": failure(error)} for direction in tasks}
         else:
             working[provider] = fn
             for direction in tasks:
@@ -140,12 +141,12 @@ def _time(
                 results[name]["peak_bytes"] = peak_memory(settings.device)
             contenders[name] = calls
         except Exception as error:
-            results[name]["failed"] = sentence(error)
+            results[name]["failed"] = failure(error)
     found, failed = samples(
         contenders, settings.clock(), seconds=settings.seconds, least=LEAST_SAMPLES, most=MOST_SAMPLES
     )
     for name, raised in failed.items():
-        results[name]["failed"] = sentence(raised)
+        results[name]["failed"] = failure(raised)
     for name, values in found.items():
         if name not in failed:
             results[name] |= _spread(values)
@@ -183,11 +184,6 @@ def _described(
 
 def dtype_name(case: Case) -> str:
     return str(case.dtype).removeprefix("torch.")
-
-
-def sentence(error: Exception) -> str:
-    first = (str(error).strip() or "no further description").splitlines()[0]
-    return f"{type(error).__name__}: {first}"
 
 
 def _memory(device: torch.device) -> int | None:
