@@ -16,9 +16,10 @@ from rich.table import Table
 
 from benchmarks.kernels.plan import count, label, plan
 from benchmarks.kernels.providers import survey
-from benchmarks.kernels.suite import Settings, dtype_name, measure, obstacle, sentence
+from benchmarks.kernels.suite import Settings, dtype_name, measure, obstacle
 from benchmarks.results_file import KERNEL_SCHEMA, continued, environment, read_kernels, write_results
 from fusekit.ceilings import Ceilings, measure_ceilings
+from fusekit.kernels.trial import failure
 
 COORDINATES = ("op", "sample", "dtype", "direction")
 
@@ -117,7 +118,7 @@ def _check(device: torch.device, name: str) -> None:
             torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise DeviceLost(
-            f"the GPU cannot be used after {name}: {sentence(error)}; the same command continues after it"
+            f"the GPU cannot be used after {name}: {failure(error)}; the same command continues after it"
         ) from None
 
 
@@ -139,7 +140,7 @@ def _cells(case: Any, settings: Settings, ceilings: Ceilings) -> list[dict[str, 
     try:
         return measure(case, settings, ceilings)
     except Exception as error:  # the reference itself failed, or memory ran out between providers
-        return _failed(_key(case), settings.providers, sentence(error))
+        return _failed(_key(case), settings.providers, failure(error))
 
 
 def _key(case: Any) -> dict[str, Any]:
