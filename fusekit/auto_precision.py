@@ -70,11 +70,6 @@ class AutoPrecision:
             raise ValueError(
                 f"AutoPrecision: rows={self.rows} is above 4096, and a sample would cost more than it tells"
             )
-        if self.delayed and self.mode == "adaptive":
-            raise ValueError(
-                'AutoPrecision: mode="adaptive" puts layers back into FP8, where delayed scales would be '
-                'those of long ago; use delayed=False or mode="frozen"'
-            )
         if self.mode == "calibrate" and self.plan is not None:
             raise ValueError('AutoPrecision: mode="calibrate" makes a plan and takes none; use mode="frozen"')
         self.recipe()

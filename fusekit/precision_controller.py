@@ -167,7 +167,8 @@ class PrecisionController(PrecisionDecisions):
         session, levels, self._told = self._session, self.levels(), self._tellable
         before, scales = session.settings.levels, session.settings.scales
         if scales is not None and before is not None and not resumed:
-            scales.forget({n for n in levels.tokens if _by_tensor(levels, n) and not _by_tensor(before, n)})
+            if any(_by_tensor(levels, n) and not _by_tensor(before, n) for n in levels.tokens):
+                scales.restart()
         session.settings = session.capture.settings = replace(session.settings, levels=levels)
         for captured in session.regions:
             captured.replan(session.settings)

@@ -17,7 +17,7 @@ for the device, and all state stays at its address.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
@@ -72,14 +72,12 @@ class ModelScales:
         self.group = self.group or _compat.active_ddp_group()
         return self._layers[index]
 
-    def forget(self, layers: Collection[str]) -> None:
-        """Begin anew for the weights of modules of these names, whose values are not those of long ago."""
-        chosen = [i for i, name in enumerate(self.names) if name.removesuffix(".weight") in layers]
+    def restart(self) -> None:
+        """Begin anew, with each tensor's own scale: where a layer comes to these scales its slots are of long
+        ago, and those of its input may stand with another layer, which reads the same tensor."""
         if self._state is not None:
-            for i in chosen:
-                slots = slice(SLOTS * i, SLOTS * (i + 1))
-                for t in self._state.state_dict().values():
-                    t.data[slots].zero_()
+            for t in self._state.state_dict().values():
+                t.data.zero_()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
