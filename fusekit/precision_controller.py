@@ -166,9 +166,8 @@ class PrecisionController(PrecisionDecisions):
         """Tell the model's graphs the levels, and build those again whose layers changed."""
         session, levels, self._told = self._session, self.levels(), self._tellable
         before, scales = session.settings.levels, session.settings.scales
-        if scales is not None and before is not None and not resumed:
-            if any(_by_tensor(levels, n) and not _by_tensor(before, n) for n in levels.tokens):
-                scales.restart()
+        if scales is not None and before is not None and not resumed and _comes_to_tensor(before, levels):
+            scales.restart()
         session.settings = session.capture.settings = replace(session.settings, levels=levels)
         for captured in session.regions:
             captured.replan(session.settings)
@@ -265,6 +264,10 @@ class PrecisionController(PrecisionDecisions):
         stacked = torch.stack([found.get(key, nothing) for key in keys])
         dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
         return dict(zip(keys, stacked, strict=True))
+
+
+def _comes_to_tensor(before: Levels, levels: Levels) -> bool:
+    return any(_by_tensor(levels, name) and not _by_tensor(before, name) for name in levels.tokens)
 
 
 def _by_tensor(levels: Levels, layer: str) -> bool:

@@ -136,3 +136,58 @@ def a_gpu() -> Iterator[Machine]:
         tape.forget()
         yield machine
     tape.forget()
+
+
+@contextlib.contextmanager
+def a_taped(*args: Any, **kwargs: Any) -> Iterator[tape.Taped]:
+    """A function of a test's own, for its time among those that have tapes."""
+    taped = tape.Taped(*args, **kwargs)
+    try:
+        yield taped
+    finally:
+        tape._every.remove(taped)
+
+
+M, K, N = 32, 64, 48
+
+
+def fresh(x: Any) -> Any:
+    """A copy in memory of its own, laid out and aligned alike."""
+    if not isinstance(x, Tensor):
+        return [fresh(item) for item in x] if isinstance(x, list) else x
+    memory = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
+    memory.untyped_storage().copy_(x.untyped_storage())
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
+
+
+def results_of(op: Any, args: Any) -> list[Tensor]:
+    """Results and gradients of one call."""
+    returned = op.fused(*args)
+    results = list(returned) if isinstance(returned, tuple) else [returned]
+    wanted = [y for y in results if y.requires_grad]
+    if wanted:
+        inputs = [x for x in tape_watch.tensors_in(args) if x.requires_grad]
+        grads = torch.autograd.grad(wanted, inputs, [torch.ones_like(y) for y in wanted], allow_unused=True)
+        results += [g for g in grads if g is not None]
+    return results
+
+
+def does(machine: Machine, op: Any, args: Any, played: bool) -> Any:
+    """What a call does, and how its results lie."""
+    with machine.logging(args, played) as log:
+        results = results_of(op, args)
+        log.alive += results
+        return log.entries, [log.where(x) for x in results]
+
+
+def tapes() -> int:
+    return sum(len(taped.tapes) for taped in tape._every)
+
+
+def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    return torch.randn(M, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers, one element behind where 16 bytes load at once."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)

@@ -95,7 +95,7 @@ def test_layers_of_other_scales_take_no_part_and_a_return_begins_anew() -> None:
 
 
 class Shared(nn.Module):
-    """Two layers that read one tensor, whose codes go by the slots of the first, and weights by other names."""
+    """Two layers that read one tensor, whose codes go by the slots of the first."""
 
     def __init__(self) -> None:
         super().__init__()
