@@ -42,14 +42,14 @@ def played_wrongly(x: Tensor) -> Tensor:
 def test_a_tape_that_computes_other_bits_is_never_played() -> None:
     count.clear()
     same_bits = tape.same_bits
-    with a_taped(played_wrongly, name="counting") as taped:
-        with a_gpu(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tape, "same_bits", same_bits)
-            results = [taped(torch.ones(2)).tolist() for _ in range(2)]
-            with pytest.warns(UserWarning, match="counting: played, it computed other bits"):
-                results.append(taped(torch.ones(2)).tolist())
-            results += [taped(torch.ones(2)).tolist() for _ in range(3)]
-            assert results == [[float(n)] * 2 for n in range(1, 7)] and not taped.tapes and taped.noted
+    named = a_taped(played_wrongly, name="counting")
+    with named as taped, a_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tape, "same_bits", same_bits)
+        results = [taped(torch.ones(2)).tolist() for _ in range(2)]
+        with pytest.warns(UserWarning, match="counting: played, it computed other bits"):
+            results.append(taped(torch.ones(2)).tolist())
+        results += [taped(torch.ones(2)).tolist() for _ in range(3)]
+        assert results == [[float(n)] * 2 for n in range(1, 7)] and not taped.tapes and taped.noted
 
 
 @pytest.mark.parametrize("other", ["last bit", "NaN", "shape", "strides", "dtype"])
