@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import mmaemu
 import pytest
 import torch
+from fp8_choice_checks import BF16, CPU, E4M3, E5M2, KINDS, call, fails, fresh, h100  # noqa: F401: a fixture
 from rich.console import Console
 from torch import Tensor
 
@@ -24,145 +23,6 @@ from fusekit.kernels.fp8_library import LIBRARY, Call, unfit
 from fusekit.kernels.launch import record
 from fusekit.kernels.recipe import PRESETS, Recipe
 from fusekit.kernels.times_file import OWN
-
-E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
-CPU = torch.device("cpu")
-
-
-def call(**changes: Any) -> Call:
-    return Call(CPU, (9, 0), (2048, 1024, 4096), (E4M3, E4M3, BF16), "tensor", "promote128")._replace(
-        **changes
-    )
-
-
-def h100(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None = None) -> None:
-    """An H100's sums, bit by bit, and an epilogue in float32."""
-    left, right = (o.codes.view(d) for o, d in zip((a, b), call.dtypes[:2], strict=True))
-    fast = call.accumulation == "fast"
-    if call.scaling == "block":
-        sums = sums_of_blocks(left, right, a.inverse, b.inverse)
-    else:
-        sums = mmaemu.accumulate(left, right, use_fast_accum=fast, profile="hopper", splitk=1)
-        sums = sums * a.inverse.t() * b.inverse
-    output.copy_(sums if bias is None else sums + bias)
-
-
-def sums_of_blocks(left: Tensor, right: Tensor, a_inverse: Tensor, b_inverse: Tensor) -> Tensor:
-    """Each step's sum leaves the tensor core and is added in float32, times its scales."""
-    sums = torch.zeros(len(left), len(right))
-    for step, (a, b) in enumerate(zip(left.split(128, 1), right.split(128, 1), strict=True)):
-        rows = b_inverse[step].repeat_interleave(-(-len(right) // b_inverse.shape[1]))
-        product = mmaemu.accumulate(a, b, use_fast_accum=True, profile="hopper", splitk=1)
-        sums += product * a_inverse[step][:, None] * rows
-    return sums
-
-
-def shifts_steps(a: Operand, b: Operand, output: Tensor, *rest: Any) -> None:
-    """Reads scales of 128 x 128 as if each group of columns had as many steps as were not padded."""
-    padded = torch.nn.functional.pad(b.inverse.t(), (0, -b.inverse.shape[0] % 4)).flatten()
-    h100(a, Operand(b.codes, padded[: b.inverse.numel()].view_as(b.inverse.t()).t()), output, *rest)
-
-
-def never_promotes(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None = None) -> None:
-    h100(a, b, output, call._replace(accumulation="fast"), bias)
-
-
-def drops_nan(*args: Any) -> None:
-    h100(*args)
-    args[2].nan_to_num_(0.0, torch.inf, -torch.inf)
-
-
-def saturates(*args: Any) -> None:
-    h100(*args)
-    limits = torch.finfo(args[2].dtype)
-    args[2].clamp_(limits.min, limits.max)
-
-
-def scales_by_the_wrong_side(a: Operand, b: Operand, output: Tensor, *rest: Any) -> None:
-    h100(a, Operand(b.codes, a.inverse[:, :1].expand_as(b.inverse)), output, *rest)
-
-
-def rounds_the_bias_away(a: Operand, b: Operand, output: Tensor, call: Call, bias: Tensor | None) -> None:
-    h100(a, b, output, call)
-
-
-JITTER = itertools.cycle((0, 1))
-
-
-def jitters(*args: Any) -> None:
-    h100(*args)
-    args[2][0, 0] *= 1 + next(JITTER) * 2.0**-7
-
-
-def fails(*args: Any) -> None:
-    raise RuntimeError("no algorithm for this product")
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
-    """No times, no trials and no plans of other tests; a library that is there; an H100 as the own kernel."""
-    monkeypatch.setattr(times_file, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(times_file, "device_name", lambda device: "test")
-    monkeypatch.setattr(fp8_trial, "_outcomes", {})
-    monkeypatch.setattr(fp8_trial, "SIZES", (16, 16, 1024))  # the emulation takes its time
-    monkeypatch.setattr(fp8_trial, "BLOCK_SIZES", (16, 256, 640))
-    monkeypatch.setattr(fp8_choice, "_failed", {})
-    monkeypatch.setattr(fp8_library, "absent", lambda: None)
-    monkeypatch.setattr(fp8_library, "run", h100)
-    monkeypatch.setattr(fp8_choice, "own", h100)
-    monkeypatch.setattr(fp8_choice, "capability", lambda x: (9, 0))
-    times_file.forget()
-    fp8_choice._plans.held.clear()
-    yield
-    times_file.forget()
-    fp8_choice._plans.held.clear()
-
-
-KINDS = {
-    "output": {},
-    "fast": {"accumulation": "fast"},
-    "gradient": {"dtypes": (E5M2, E4M3, BF16)},
-    "float32 gradient": {"dtypes": (E5M2, E4M3, torch.float32)},
-    "float16": {"dtypes": (E4M3, E4M3, torch.float16)},
-    "rows": {"scaling": "row"},
-    "bias": {"bias": BF16},
-    "blocks": {"scaling": "block", "square": True},
-    "blocks and bias": {"scaling": "block", "square": True, "bias": BF16},
-    "blocks, weight gradient": {"scaling": "block", "dtypes": (E4M3, E4M3, torch.float32)},
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_sums_of_an_h100_pass_the_trial(kind):
-    """use_fast_accum=False is promote128 there: recorded on the card, repeated by mmaemu."""
-    assert fp8_trial.passes(call(**KINDS[kind]), h100, h100), fp8_trial._outcomes
-
-
-@pytest.mark.parametrize(
-    "library, kind, reason",
-    [
-        (never_promotes, "output", "of one sign its error is 0.0"),
-        (never_promotes, "float32 gradient", "of one sign its error is 0.0"),
-        (scales_by_the_wrong_side, "rows", "its error is"),
-        (rounds_the_bias_away, "bias", "its error is"),
-        (drops_nan, "output", "what must be NaN is not"),
-        (drops_nan, "rows", "what must be NaN is not"),
-        (shifts_steps, "blocks", "its error is"),
-        (drops_nan, "blocks", "what must be NaN is not"),
-        (saturates, "blocks", "what must be infinite is not"),
-        (jitters, "blocks", "two runs of it differ"),
-        (fails, "blocks", "it fails: RuntimeError: no algorithm for this product"),
-        (saturates, "float16", "what must be infinite is not"),
-        (jitters, "output", "two runs of it differ"),
-        (fails, "output", "it fails: RuntimeError: no algorithm for this product"),
-    ],
-)
-def test_a_library_that_breaks_its_word_computes_nothing(monkeypatch, library, kind, reason):
-    monkeypatch.setattr(fp8_library, "run", library)
-    asked = call(**KINDS[kind])
-    assert choose(asked).name == LIBRARY  # as documented
-    assert not fp8_choice._proved(asked)
-    assert choose(asked).name == OWN and reason in choose(asked).reason, choose(asked)
 
 
 @pytest.mark.parametrize(
