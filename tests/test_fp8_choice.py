@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_choice_checks import BF16, CPU, E4M3, E5M2, KINDS, call, fails, fresh, h100  # noqa: F401: a fixture
+from fp8_choice_checks import BF16, CPU, E4M3, E5M2, KINDS, call, fails, fresh, h100  # noqa: F401 (fresh is a fixture)
 from rich.console import Console
 from torch import Tensor
 

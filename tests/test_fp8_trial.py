@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_choice_checks import KINDS, call, fails, fresh, h100  # noqa: F401: a fixture
+from fp8_choice_checks import KINDS, call, fails, fresh, h100  # noqa: F401 (fresh is a fixture)
 from torch import Tensor
 
 from fusekit.kernels import fp8_choice, fp8_library, fp8_trial
