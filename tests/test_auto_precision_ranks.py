@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from auto_checks import PLANTED
+from rank_checks import outputs_of
 
 RANK = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[3])
 import fusekit
 from fusekit.passes import cost
 from fusekit.precision_guard import Guard
 from auto_checks import AutoPrecision, levels, planted, tokens
 cost.EAGER_OVERHEAD = cost.FUSED_OVERHEAD = {"cpu": 0.0, "cuda": 0.0}
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 model = planted()
 if rank == 0:  # the other rank alone sees outliers
     model.blocks[1].expand.factor.fill_(1.0)
@@ -29,16 +24,12 @@ guard = Guard()
 for value in [1.0] * 30 + [9.0 if rank else 1.0] * 3:
     guard.add((value, None))
 print(levels(model), guard.alarms(joined_on=torch.device("cpu")))
-dist.destroy_process_group()
 """
 
 
 BRANCHES = """
-import sys, torch, torch.distributed as dist
 from torch import nn
 import fusekit
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 
 class Branches(nn.Module):
     def __init__(self):
@@ -65,16 +56,12 @@ for step in range(8):
 parallel(torch.randn(16, 32), 0)
 for name, layer in controller._layers.items():
     print(name, [(unit.level, unit.samples) for unit in layer.units.values()])
-dist.destroy_process_group()
 """
 
 
 SOME = """
-import sys, torch, torch.distributed as dist
 from torch import nn
 import fusekit
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16))
 automatic = fusekit.AutoPrecision(every=5, calibration=2, emulate=True)
@@ -89,22 +76,7 @@ for step in range(42):
         controller.step(50.0 if 30 <= step < 33 else 1.0)
     dist.all_reduce(torch.ones(1))  # the loop's own, as of a loss that it prints
 print(controller.steps, controller.plan.guarded)
-dist.destroy_process_group()
 """
-
-
-def outputs_of(script: str, folder: Path) -> list[str]:
-    """What both ranks print; they meet in a file of the folder."""
-    command, rest = [sys.executable, "-c", script], [str(folder / "store"), str(Path(__file__).parent)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), *rest], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs
-    return [printed for printed, _ in outputs]
 
 
 def test_ranks_decide_together_on_the_worst_of_them(tmp_path: Path) -> None:

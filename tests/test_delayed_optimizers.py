@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import weakref
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from delayed_checks import BF16, SHORT, batches, loss_of, made, same, slots, state, train, weights
+from rank_checks import outputs_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -158,21 +157,23 @@ def test_an_attention_model_certifies_before_and_after_steps() -> None:
             optimizer.zero_grad()
 
 
-def _rank(rank: int, folder: str, by_hand: bool) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = made(SHORT)
-    if by_hand:  # sharded or averaged by something that is no DistributedDataParallel
-        fusekit.precision_state(model).agree_within(dist.group.WORLD)
-    parallel = model if by_hand else nn.parallel.DistributedDataParallel(model)
-    train(parallel, [x * (1 + 3 * rank) for x in batches(2)])
-    torch.save(state(model) if by_hand else weights(model) | state(model), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+RANK = """
+from torch import nn
+import fusekit
+from delayed_checks import SHORT, batches, made, state, train, weights
+folder, by_hand = arguments[0], arguments[1] == "True"
+model = made(SHORT)
+if by_hand:  # sharded or averaged by something that is no DistributedDataParallel
+    fusekit.precision_state(model).agree_within(dist.group.WORLD)
+parallel = model if by_hand else nn.parallel.DistributedDataParallel(model)
+train(parallel, [x * (1 + 3 * rank) for x in batches(2)])
+torch.save(state(model) if by_hand else weights(model) | state(model), f"{folder}/{rank}.pt")
+"""
 
 
-@pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="needs processes and gloo")
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_ranks_agree_on_scales(by_hand: bool, tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path), by_hand), nprocs=2)
+def test_ranks_agree_on_scales(by_hand: bool, tmp_path: Path) -> None:
+    outputs_of(RANK, tmp_path, str(tmp_path), str(by_hand))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert same(first, second)
     largest = max(float((x * 4).to(BF16).abs().max()) for x in batches(2))

@@ -1,21 +1,20 @@
 """Parameters sharded over two processes (FSDP2): gathered and freed around every block, never read stale."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from rank_checks import outputs_of
 
 RANK = """
-import json, sys, torch, torch.distributed as dist
+import json
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
 
-rank, store, where, precision = int(sys.argv[1]), *sys.argv[2:]
+where, precision = arguments
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 
 
@@ -46,7 +45,6 @@ def train(optimised):
 
 
 print(json.dumps([train(False), train(True)]))
-dist.destroy_process_group()
 """
 
 
@@ -54,17 +52,8 @@ dist.destroy_process_group()
     ("where", "precision", "tolerance"),
     [("blocks", "keep", 1e-4), ("blocks", "bf16", 5e-3), ("model", "bf16", 5e-3)],
 )
-def test_sharded_training_is_eagers(where, precision, tolerance, tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), where, precision],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs
-    for output, _ in outputs:
+def test_sharded_training_is_eagers(where, precision, tolerance, tmp_path: Path):
+    for output in outputs_of(RANK, tmp_path, where, precision):
         (eager, weights, _), (losses, ours, fused) = json.loads(output.splitlines()[-1])
         assert fused > 0
         assert losses == pytest.approx(eager, rel=tolerance)
