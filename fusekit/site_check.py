@@ -7,6 +7,7 @@ own reference would not do: it shares every misreading the rule may have made of
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -19,13 +20,15 @@ from fusekit.certificate import SiteCertificate
 from fusekit.fp8_check import check_attention_fp8, check_fp8
 from fusekit.kernels import FP8_OPS, OPS, attention, linear_fp8
 from fusekit.kernels.norm_fp8 import WITH_CODES
-from fusekit.kernels.parity import check, longest_sum, results_and_grads, widen
+from fusekit.kernels.parity import Verdict, check, longest_sum, results_and_grads, widen
 from fusekit.passes.price import EMULATED
 from fusekit.passes.region import Fusion
 
 ROUNDS = 5  # of fused and eager in turn; the medians are compared
 # Timed, a norm quantises nothing: what it replaced did not either.
 WITHOUT_CODES = {with_codes: norm for norm, with_codes in WITH_CODES.items()}
+# Where a library computes and fails on a model's own values: ours from then on, before eager.
+RETREAT: dict[str, Callable[..., str]] = {"attention": attention.retreat}
 MEASURE: dict[str, Callable[..., Any]] = {"attention": attention.measure, "linear_fp8": linear_fp8.measure}
 
 
@@ -67,21 +70,15 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
     if "dropout" in names:
         args = _replace(args, names.index("dropout"), 0.0)
     eager, fused = _Replaced(fusion, args, call.extra), call_target(call.target)
-    fused_results = results_and_grads(fused, args)
-    eager_results = eager.results(args, like=fused_results)
-    truth, repeated = eager.truth(args), _repeated(call.args)
-    for results in (fused_results, eager_results, truth):
-        _add_up(results, repeated)
-    dtype = next(a.dtype for a in args if isinstance(a, Tensor))
-    if fusion.op in FP8_OPS:
-        judge = check_fp8 if fusion.op == "linear_fp8" else check_attention_fp8
-        checks = judge(args, fused_results, truth)
-        timed = timed and fusion.implementation != EMULATED  # nobody asks an emulation to be fast
-    else:
-        checks = check(
-            {name: fused_results[name] for name in eager_results}, eager_results, truth, dtype=dtype,
-            terms=longest_sum(args), inherent=OPS[fusion.op].inherent, tf32=_is_tf32(names, args),
+    checks = _checks(call, args, eager, fused)
+    if fusion.op in RETREAT and (reason := _reason(checks)) and (left := RETREAT[fusion.op](reason, *args)):
+        warnings.warn(
+            f"{left} fails at {fusion.site} ({fusion.location}) on this batch: {reason}. fusekit's own "
+            "kernels compute calls of its kind from now on", stacklevel=2,
         )  # fmt: skip
+        checks = _checks(call, args, eager, fused)
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor))
+    timed = timed and fusion.implementation != EMULATED  # nobody asks an emulation to be fast
     whole, alone = tuple(map(_without_operands, args)), fused
     if call.target in WITHOUT_CODES:
         alone = call_target(WITHOUT_CODES[call.target])
@@ -91,8 +88,31 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
         site=fusion.site, op=fusion.op, rule=fusion.rule, location=fusion.location, dtype=_name(dtype),
         shapes=tuple(tuple(args[i].shape) for i in eager.positions), checks=tuple(checks),
         fused_seconds=seconds[0], eager_seconds=seconds[1], bytes_saved=fusion.bytes_saved,
-        reason="; ".join(f"{c.name}: {c.reason}" for c in checks if not c.ok),
+        reason=_reason(checks),
     )  # fmt: skip
+
+
+def _checks(
+    call: SiteCall, args: tuple[Any, ...], eager: _Replaced, fused: Callable[..., Any]
+) -> list[Verdict]:
+    fused_results = results_and_grads(fused, args)
+    eager_results = eager.results(args, like=fused_results)
+    truth, repeated = eager.truth(args), _repeated(call.args)
+    for results in (fused_results, eager_results, truth):
+        _add_up(results, repeated)
+    op = call.fusion.op
+    if op in FP8_OPS:
+        return (check_fp8 if op == "linear_fp8" else check_attention_fp8)(args, fused_results, truth)
+    names = [a.name for a in call.target._schema.arguments]
+    return check(
+        {name: fused_results[name] for name in eager_results}, eager_results, truth,
+        dtype=next(a.dtype for a in args if isinstance(a, Tensor)), terms=longest_sum(args),
+        inherent=OPS[op].inherent, tf32=_is_tf32(names, args),
+    )  # fmt: skip
+
+
+def _reason(checks: list[Verdict]) -> str:
+    return "; ".join(f"{c.name}: {c.reason}" for c in checks if not c.ok)
 
 
 class _Replaced:

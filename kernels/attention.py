@@ -13,7 +13,8 @@ Dao 2023, "FlashAttention-2", arXiv:2307.08691; query heads share keys as in Ain
 arXiv:2305.13245; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xiao et al. 2023, arXiv:2309.17453; ALiBi:
 Press et al. 2021, arXiv:2108.12409; windows beside global tokens: Beltagy et al. 2020, "Longformer",
 arXiv:2004.05150.
-Saved for backward: q, k, v, y and one or two float32 a row; S and P are computed again.
+Saved for backward: q, k, v, y, of our own kernels in 16 bits a byte more an element of y (attention_tail.py),
+and one or two float32 a row; S and P are computed again.
 A row that a boolean mask (or -inf) or the band leaves no key has y = 0 and no gradient, as in torch's own
 attention; a row of finfo.min in an additive mask is shared out evenly, as softmax does.
 Dropout draws number ((b H + h) Tq + i) Tk + j of Philox for element (b, h, i, j), forward and backward.
@@ -33,6 +34,7 @@ from fusekit.kernels import (
     attention_choice,
     attention_gradient,
     attention_native,
+    attention_tail,
     philox,
 )
 from fusekit.kernels.attention_form import TENSORS, Form, dense, pairs, rows_of
@@ -121,14 +123,17 @@ def _drawn(seed: Tensor | None) -> Tensor:
     return seed
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, tail: int, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     form = Form(*settings)
     if on_gpu(q):
         attention_gradient.prepare(q, k, v, form)
-        return attention_choice.forward(q, k, v, form)
-    if not form.is_plain:
-        return attention_blocked.forward(q, k, v, form)
-    return attention_native.forward(q, k, v, *_native(form))
+        return attention_choice.forward(q, k, v, form, tail)
+    found = (
+        attention_native.forward(q, k, v, *_native(form))
+        if form.is_plain
+        else attention_blocked.forward(q, k, v, form)
+    )
+    return *found, attention_tail.empty(q, v, tail)
 
 
 def _native(form: Form) -> tuple[Any, ...]:
@@ -136,22 +141,23 @@ def _native(form: Form) -> tuple[Any, ...]:
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tail: int, mask: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     B, H, Tq, _ = q.shape
     out = q.new_empty((B, Tq, H, v.shape[-1])).transpose(1, 2)
     two = mask is not None and mask.dtype != torch.bool
-    return out, q.new_empty((1 + two, B, H, Tq), dtype=torch.float32)
+    stats = q.new_empty((1 + two, B, H, Tq), dtype=torch.float32)
+    return out, stats, attention_tail.empty(q, v, tail)
 
 
 def _backward(
-    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, bias_grad: bool,
-    *settings: Any,
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, tail: Tensor,
+    bias_grad: bool, *settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     form = Form(*settings)
     grads: tuple[Tensor | None, ...]
     if on_gpu(q):
-        grads = attention_gradient.backward(grad_output, q, k, v, out, stats, form, bias_grad)
+        grads = attention_gradient.backward(grad_output, q, k, v, out, stats, tail, form, bias_grad)
     elif bias_grad or not form.is_plain:
         grads = attention_blocked.backward(grad_output, q, k, v, out, stats, form, bias_grad)
     else:
@@ -160,8 +166,8 @@ def _backward(
 
 
 def _backward_fake(
-    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, bias_grad: bool,
-    *settings: Any,
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, tail: Tensor,
+    bias_grad: bool, *settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     form = Form(*settings)
     grads = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
@@ -178,21 +184,21 @@ _SETTINGS = (
 )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, tail: int, *settings: Any) -> None:
     why_not = supports(q, k, v, *settings)
     if why_not is not None:
         raise ValueError(f"attention: {why_not}")
 
 
-def _depends(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Any:
+def _depends(q: Tensor, k: Tensor, v: Tensor, tail: int, *settings: Any) -> Any:
     """Who computes, and whether what has no gradient is asked for one."""
     slopes = settings[_SLOPES]
     return attention_choice.state(), slopes is not None and slopes.requires_grad
 
 
 def _backward_depends(
-    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, bias_grad: bool,
-    *settings: Any,
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, tail: Tensor,
+    bias_grad: bool, *settings: Any,
 ) -> Any:  # fmt: skip
     return attention_choice.state() if _repeats(q, k, v, *settings) else NEVER
 
@@ -205,7 +211,7 @@ def _repeats(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> bool:
 
 
 _forward_op = define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, int tail, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     check=_check,
@@ -214,7 +220,7 @@ _forward_op = define(
 )
 _backward_op = define(
     "attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
-    f"bool bias_grad, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor tail, bool bias_grad, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     depends=_backward_depends,
@@ -230,23 +236,23 @@ _TENSORS = tuple(Form._fields.index(name) for name in TENSORS)
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-        out, stats = _forward_op(q, k, v, *settings)
-        ctx.save_for_backward(q, k, v, out, stats, *(settings[place] for place in _TENSORS))
+        made = _forward_op(q, k, v, attention_tail.wanted(q), *settings)
+        ctx.save_for_backward(q, k, v, *made, *(settings[place] for place in _TENSORS))
         kept = [None if isinstance(value, Tensor) else value for value in settings]
         # What decides now, as torch.nn.attention.sdpa_kernel around the forward pass, decides of both.
         kept[_DETERMINISTIC] = _repeats(q, k, v, *settings)
         ctx.settings = tuple(kept)
-        return out
+        return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("attention")
-        q, k, v, out, stats, *tensors = ctx.saved_tensors
+        q, k, v, out, stats, tail, *tensors = ctx.saved_tensors
         settings = list(ctx.settings)
         for place, tensor in zip(_TENSORS, tensors, strict=True):
             settings[place] = tensor
         needed = ctx.needs_input_grad
-        grads = _backward_op(grad_output, q, k, v, out, stats, needed[3], *settings)
+        grads = _backward_op(grad_output, q, k, v, out, stats, tail, needed[3], *settings)
         wanted: list[Tensor | None] = [None] * (3 + len(settings))
         for place, grad in zip((0, 1, 2, 3, _SINKS), grads, strict=True):
             wanted[place] = grad if needed[place] else None
@@ -272,12 +278,12 @@ def _settings(
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Form:
     form = _settings(q, k, v, *args, **kwargs)
-    _check(q, k, v, *form)
+    _check(q, k, v, attention_tail.NONE, *form)
     return form
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _forward_op(q, k, v, *_settings(q, k, v, *args, **kwargs))[0]
+    return _forward_op(q, k, v, attention_tail.NONE, *_settings(q, k, v, *args, **kwargs))[0]
 
 
 def _autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -285,7 +291,7 @@ def _autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _forward_fake(q, k, v, None)[0]
+    return _forward_fake(q, k, v, attention_tail.NONE, None)[0]
 
 
 fused = define(
@@ -325,6 +331,13 @@ def measure(
         return {}
     call = q, k, v, _checked(q, k, v, *args, **kwargs), clock
     return attention_choice.measure(*call) | attention_gradient.measure(*call)
+
+
+def retreat(reason: str, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> str:
+    """Have no library compute calls of this kind any more, in this process; reason is what one did wrong.
+
+    Returns the name of who computed this call until now; "" where our own kernels did."""
+    return attention_gradient.retreat(q, k, v, _checked(q, k, v, *args, **kwargs), reason)
 
 
 OP = Op(fused=fused, reference=reference, samples=samples, supports=supports, flops=flops, inherent=True)

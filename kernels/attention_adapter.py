@@ -1,7 +1,7 @@
 """A library's attention in the layout and the units of ours, forward and backward.
 
 What goes from one pass to the other is the same whoever computes: the output in (B, T, H, D) memory, and each
-row's log sum exp in log2 (stats of attention_kernels.py).
+row's log sum exp in log2 (stats of attention_kernels.py). Of a tail (attention_tail.py) no library tells.
 """
 
 from __future__ import annotations

@@ -29,8 +29,10 @@ from fusekit.kernels import (
     attention_decode,
     attention_launch,
     attention_native,
+    attention_tail,
     attention_times,
     attention_trial,
+    tape,
     times_file,
     trial,
 )
@@ -64,17 +66,21 @@ class _Forced(threading.local):
 _plans, _forced = Plans(), _Forced()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats as attention_kernels.py defines them."""
-    if _forced.library is not None:
-        return attention_adapter.forward(_forced.library, q, k, v, form)
-    if _decodes(q, k, v, form):
-        return attention_decode.forward(q, k, v, form)
-    if not recording():
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, form: Form, tail: int = attention_tail.NONE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, stats as attention_kernels.py defines them, and what
+    attention_tail.py keeps of out."""
+    library = _forced.library
+    if library is None and _decodes(q, k, v, form):
+        return attention_decode.forward(q, k, v, form, tail)
+    if library is None and not recording():
         library = named(choose(q, k, v, form).name)
-        if library is not None and proved(library, q, k, v, form):
-            return attention_adapter.forward(library, q, k, v, form)
-    return attention_launch.forward(q, k, v, form)
+        if library is not None and not proved(library, q, k, v, form):
+            library = None
+    if library is None:
+        return attention_launch.forward(q, k, v, form, tail)
+    return *attention_adapter.forward(library, q, k, v, form), attention_tail.of_library(q, v, tail)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool = False) -> Choice:
@@ -217,6 +223,14 @@ def proved(library: Library, q: Tensor, k: Tensor, v: Tensor, form: Form, backwa
         return True
     _plans.held.clear()  # the next call chooses without it
     return False
+
+
+def give_up(q: Tensor, k: Tensor, v: Tensor, form: Form, reason: str, backward: bool) -> None:
+    """Let no library compute calls of this kind any more: one failed where its trial does not look."""
+    for library in libraries(backward):
+        attention_trial.lose(attention_trial.kind_of(library.name, q, k, v, form, backward), reason)
+    _plans.held.clear()
+    tape.forget()
 
 
 def _forcing(library: Library, *args: object) -> Tensor:

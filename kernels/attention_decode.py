@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusekit.kernels import config_table
+from fusekit.kernels import attention_tail, config_table
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.attention_form import Form
 from fusekit.kernels.attention_launch import _broadcast, _constants, _padded, _score_numbers
 from fusekit.kernels.attention_rows import Rows
+from fusekit.kernels.attention_tail import cut_off
 from fusekit.kernels.attention_tiles import capped_scores, head_offset, load_rows, mask_scores
 from fusekit.kernels.launch import capability, launch, recording
 
@@ -124,11 +125,11 @@ def _part_kernel(
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        p = tl.exp2(scores - base[:, None])
+        p = tl.exp2(scores - base[:, None]).to(v_ptr.dtype.element_ty)
         rescale = tl.exp2(largest - base)
-        total = total * rescale + tl.sum(p, 1)
+        total = total * rescale + tl.sum(p.to(tl.float32), 1)
         v = load_rows(v_ptr, n, stride_vn, stride_vd, Tk, DV, BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
         largest = new_largest
 
     rows = part.to(tl.int64) * rows_total + (batch * H + heads).to(tl.int64) * Tq + m
@@ -141,7 +142,7 @@ def _part_kernel(
 
 @triton.jit(do_not_specialize=["Tq", "rows_total", "parts"])
 def _join_kernel(
-    acc_ptr, totals_ptr, sinks_ptr, out_ptr, stats_ptr, H, Tq, rows_total, parts,
+    acc_ptr, totals_ptr, sinks_ptr, out_ptr, tail_ptr, stats_ptr, H, Tq, rows_total, parts,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, MOST: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     ADDITIVE: tl.constexpr,
 ):  # fmt: skip
@@ -174,8 +175,11 @@ def _join_kernel(
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)
     batch, query = head_index // H, row % Tq
-    out_ptr += ((batch * Tq + query) * H + head) * DV
-    tl.store(out_ptr + columns, out.to(out_ptr.dtype.element_ty), mask=columns < DV)
+    places = ((batch * Tq + query) * H + head) * DV + columns
+    rounded = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, rounded, mask=columns < DV)
+    if tail_ptr is not None:
+        tl.store(tail_ptr + places, cut_off(out, rounded), mask=columns < DV)
     if tl.program_id(1) == 0:
         if ADDITIVE:
             tl.store(stats_ptr + row, tl.where(empty, float("inf"), largest))
@@ -244,8 +248,10 @@ def multiprocessors(q: Tensor) -> int:
     return config_table.for_device(q.device.index or 0).sms
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats, both as the ordinary kernel leaves them."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, form: Form, tail: int = attention_tail.NONE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, stats and tail, as the ordinary kernel leaves them."""
     (B, H, Tq, _), (_, kv_heads, Tk, DV) = q.shape, v.shape
     mask, mask_strides = _broadcast(form.mask, q, k)
     block_m, (block_n, warps, stages) = _rows(q, k), _config(q, v, form)
@@ -268,10 +274,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor
     additive = mask is not None and mask.dtype != torch.uint8
     out = q.new_empty((B, Tq, H, DV))
     stats = q.new_empty((1 + additive, B, H, Tq), dtype=torch.float32)
+    cut = attention_tail.empty(q, v, tail)
     launch(
         _join_kernel, (rows, triton.cdiv(DV, BLOCK_COLUMNS)),
-        acc, totals, form.sinks, out, stats, H, Tq, rows, parts,
+        acc, totals, form.sinks, out, attention_tail.given(cut), stats, H, Tq, rows, parts,
         DV=DV, BLOCK_DV=BLOCK_COLUMNS, MOST=MOST_PARTS, BLOCK_PARTS=BLOCK_PARTS, ADDITIVE=additive,
         num_warps=4,
     )  # fmt: skip
-    return out.transpose(1, 2), stats
+    return out.transpose(1, 2), stats, cut

@@ -15,9 +15,11 @@ The gradient is that of this function, with what was rounded held apart by as mu
 so that with P as above dS = P (dP - rowsum P dP), dP = dy Q(v)^T, dv = P^T dy, and rowsum P dP = dy y
 exactly, as FlashAttention has it. With a P of its own, from the q and k that came or without R, a backward
 pass would be that of no function: neither P nor dS would add up as they must, and a share of dP's mean, which
-softmax takes out, would stay in dq and dk. The products of the backward pass are 16-bit.
+softmax takes out, would stay in dq and dk. (Of y eight more bits are kept: attention_tail.py.) The products
+of the backward pass are 16-bit.
 
-Saved for backward: codes, a byte an element, where q, k and v would be two; y, and two float32 a row.
+Saved for backward: codes, a byte an element, where q, k and v would be two; y, in 16 bits on a GPU a byte
+more an element, and two float32 a row.
 Shapes: q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), any strides; H a multiple of Hkv; band and
 documents as in attention_form.py. Shah et al. 2024, "FlashAttention-3", arXiv:2407.08608, section 3.3.
 """
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusekit.kernels import attention_fp8_cpu, attention_fp8_gpu
+from fusekit.kernels import attention_fp8_cpu, attention_fp8_gpu, attention_tail
 from fusekit.kernels.attention_form import Form, pairs
 from fusekit.kernels.attention_fp8_cast import Codes, empty
 from fusekit.kernels.attention_fp8_format import values_cpu
@@ -58,30 +60,31 @@ def _empty(x: Tensor, scaling: str, transposed: bool) -> Codes:
     return Codes(x.new_empty(x.shape), x.new_empty((0,), dtype=torch.float32))
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, tail: int, *settings: Any) -> tuple[Tensor, ...]:
     B, H, Tq, _ = q.shape
     out = q.new_empty((B, Tq, H, v.shape[-1])).transpose(1, 2)
     stats = q.new_empty((2, B, H, Tq) if on_gpu(q) else (0,), dtype=torch.float32)
     held = (_empty(x, settings[-1], x is v) for x in (q, k, v))
-    return out, stats, *(t for codes in held for t in codes)
+    return out, stats, attention_tail.empty(q, v, tail), *(t for codes in held for t in codes)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, tail: int, *settings: Any) -> tuple[Tensor, ...]:
     *rest, scaling = settings
     form = _form(*rest)
     if on_gpu(q):
-        out, stats, *held = attention_fp8_gpu.forward(q, k, v, form, scaling)
-        return out, stats, *(t for codes in held for t in codes)
+        out, stats, cut, *held = attention_fp8_gpu.forward(q, k, v, form, scaling, tail=tail)
+        return out, stats, cut, *(t for codes in held for t in codes)
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1])).transpose(1, 2)
     nothing = [q.new_empty((0,), dtype=torch.float32) for _ in range(4)]
     q, k, v = (values_cpu(x, scaling) for x in (q, k, v))
     attention_fp8_cpu.forward(q, k, v, form, out)
-    return out, nothing[0], q, nothing[1], k, nothing[2], v, nothing[3]
+    cut = attention_tail.empty(q, v, attention_tail.NONE)
+    return out, nothing[0], cut, q, nothing[1], k, nothing[2], v, nothing[3]
 
 
 def _backward_fake(
     grad_output: Tensor, q: Tensor, q_inverse: Tensor, k: Tensor, k_inverse: Tensor, v: Tensor,
-    v_inverse: Tensor, out: Tensor, stats: Tensor, keys: int, *settings: Any,
+    v_inverse: Tensor, out: Tensor, stats: Tensor, tail: Tensor, keys: int, *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, Tq, DV = grad_output.shape
     sizes = ((Tq, H, q.shape[-1]), (keys, k.shape[1], q.shape[-1]), (keys, k.shape[1], DV))
@@ -91,7 +94,7 @@ def _backward_fake(
 
 def _backward(
     grad_output: Tensor, q: Tensor, q_inverse: Tensor, k: Tensor, k_inverse: Tensor, v: Tensor,
-    v_inverse: Tensor, out: Tensor, stats: Tensor, keys: int, *settings: Any,
+    v_inverse: Tensor, out: Tensor, stats: Tensor, tail: Tensor, keys: int, *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *rest, scaling = settings
     form = _form(*rest)
@@ -99,7 +102,7 @@ def _backward(
         return attention_fp8_cpu.backward(grad_output, q, k, v, form)
     held = Codes(q, q_inverse), Codes(k, k_inverse), Codes(v, v_inverse)
     return attention_fp8_gpu.backward(
-        grad_output, held, out, stats, form, scaling, (grad_output.shape[2], keys)
+        grad_output, held, out, stats, tail, form, scaling, (grad_output.shape[2], keys)
     )
 
 
@@ -108,14 +111,14 @@ _SETTINGS = (
     "str scaling"
 )
 _forward_op = define(
-    f"attention_fp8_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"attention_fp8_forward(Tensor q, Tensor k, Tensor v, int tail, {_SETTINGS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
     "attention_fp8_backward(Tensor grad_output, Tensor q, Tensor q_inverse, Tensor k, Tensor k_inverse, "
-    f"Tensor v, Tensor v_inverse, Tensor out, Tensor stats, SymInt keys, {_SETTINGS}) -> "
+    f"Tensor v, Tensor v_inverse, Tensor out, Tensor stats, Tensor tail, SymInt keys, {_SETTINGS}) -> "
     "(Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -126,8 +129,8 @@ class _AttentionFp8(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
         causal, scale, window, offset, documents, key_documents, scaling = settings
-        out, stats, *held = _forward_op(q, k, v, *settings)
-        ctx.save_for_backward(*held, out, stats, documents, key_documents)
+        out, stats, tail, *held = _forward_op(q, k, v, attention_tail.GIVEN, *settings)
+        ctx.save_for_backward(*held, out, stats, tail, documents, key_documents)
         ctx.settings, ctx.keys = (causal, scale, window, offset, scaling), k.shape[2]
         return out
 
@@ -155,7 +158,7 @@ def _settings(
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _forward_op(q, k, v, *_settings(q, k, v, *args, **kwargs))[0]
+    return _forward_op(q, k, v, attention_tail.NONE, *_settings(q, k, v, *args, **kwargs))[0]
 
 
 def _autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

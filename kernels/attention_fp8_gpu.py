@@ -18,12 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusekit.kernels import attention_launch
+from fusekit.kernels import attention_launch, attention_tail
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.attention_form import Form
 from fusekit.kernels.attention_fp8_cast import Codes, cast, decode_e4m3, values
 from fusekit.kernels.attention_fp8_format import BLOCK, CODE
 from fusekit.kernels.attention_rows import Rows
+from fusekit.kernels.attention_tail import cut_off
 from fusekit.kernels.attention_tiles import (
     BAND,
     CAUSAL,
@@ -32,6 +33,7 @@ from fusekit.kernels.attention_tiles import (
     keys_seen,
     mask_scores,
     round_to_e4m3,
+    store_rows,
     within,
 )
 from fusekit.kernels.fp8_gemm import multiplies_fp8
@@ -96,7 +98,7 @@ def _fp8_blocks(
 @triton.jit
 def fp8_forward_kernel(
     q_ptr, k_ptr, v_ptr, q_inverse_ptr, k_inverse_ptr, v_inverse_ptr, documents_ptr, key_documents_ptr,
-    ranges_ptr, out_ptr, stats_ptr, stride_db, stride_eb,
+    ranges_ptr, out_ptr, tail_ptr, stats_ptr, stride_db, stride_eb,
     H, GROUP, Tq, Tk, Q_TOKENS, TOKENS, rows_total, scale_log2, low, high,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_ROWS: tl.constexpr,
@@ -109,7 +111,7 @@ def fp8_forward_kernel(
     batch, head = head_index // H, head_index % H
     key_index = batch * (H // GROUP) + head // GROUP
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    d = tl.arange(0, BLOCK_D)
     q_ptr += head_index.to(tl.int64) * Q_TOKENS * D
     q = _load_codes(q_ptr + m[:, None] * D + d[None, :], (d < D)[None, :], D == BLOCK_D)
     k_ptr += key_index.to(tl.int64) * TOKENS * D
@@ -168,10 +170,12 @@ def fp8_forward_kernel(
         factor_out *= tl.load(v_inverse_ptr + key_index)
     if not NATIVE:
         factor_out *= 256.0
-    out_ptr += (batch.to(tl.int64) * Tq * H + head) * DV
-    ptrs = out_ptr + m.to(tl.int64)[:, None] * (H * DV) + dv[None, :]
-    out = (acc * factor_out[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(ptrs, out, mask=(m < Tq)[:, None] & (dv < DV)[None, :])
+    first_row = (batch.to(tl.int64) * Tq * H + head) * DV
+    out = acc * factor_out[:, None]
+    rounded = out.to(out_ptr.dtype.element_ty)
+    store_rows(out_ptr + first_row, m, H * DV, rounded, Tq, DV, BLOCK_DV)
+    if tail_ptr is not None:
+        store_rows(tail_ptr + first_row, m, H * DV, cut_off(out, rounded), Tq, DV, BLOCK_DV)
     rows = head_index.to(tl.int64) * Tq + m
     tl.store(stats_ptr + rows, tl.where(empty, float("inf"), base), mask=m < Tq)
     tl.store(stats_ptr + rows_total + rows, inverse, mask=m < Tq)
@@ -189,9 +193,15 @@ def _block(features: int) -> int:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, form: Form, scaling: str, native: bool | None = None
-) -> tuple[Tensor, Tensor, Codes, Codes, Codes]:
-    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, stats, and the codes of q, k and v.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: Form,
+    scaling: str,
+    native: bool | None = None,
+    tail: int = attention_tail.NONE,
+) -> tuple[Tensor, Tensor, Tensor, Codes, Codes, Codes]:
+    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, stats, the tail of out, and the codes of q, k and v.
 
     native: whether products are FP8's own; by default where the device has them.
     """
@@ -203,15 +213,16 @@ def forward(
     block_m, block_n, warps, stages = _configs(q, form, native)[widest]
     out = q.new_empty((B, Tq, H, DV))
     stats = q.new_empty((2, B, H, Tq), dtype=torch.float32)
+    cut = attention_tail.empty(q, v, tail)
     if not Tk:  # and no scales either
         stats[0], stats[1] = float("inf"), 1.0
-        return out.zero_().transpose(1, 2), stats, *operands
+        return out.zero_().transpose(1, 2), stats, cut.zero_(), *operands
     rows = Rows.of(form, q, k)
     low, high = form.band if form.is_banded else (None, None)
     launch(
         fp8_forward_kernel, (B * H * triton.cdiv(Tq, block_m),),
         *codes, *(held.inverse for held in operands), rows.documents, rows.key_documents,
-        rows.key_ranges(block_m), out, stats, *rows.strides[3:5],
+        rows.key_ranges(block_m), out, attention_tail.given(cut), stats, *rows.strides[3:5],
         H, H // k.shape[1], Tq, Tk, codes[0].shape[2], codes[1].shape[2], B * H * Tq, form.scale * LOG2E,
         low, high,
         D=D, DV=DV, BLOCK_D=_block(D), BLOCK_DV=_block(DV), BLOCK_M=block_m, BLOCK_N=block_n,
@@ -219,12 +230,12 @@ def forward(
         DOCUMENTS=form.documents is not None, BLOCKS=scaling == "block", NATIVE=native, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
-    return out.transpose(1, 2), stats, *operands
+    return out.transpose(1, 2), stats, cut, *operands
 
 
 def backward(
-    grad_output: Tensor, operands: tuple[Codes, Codes, Codes], out: Tensor, stats: Tensor, form: Form,
-    scaling: str, lengths: tuple[int, int],
+    grad_output: Tensor, operands: tuple[Codes, Codes, Codes], out: Tensor, stats: Tensor, tail: Tensor,
+    form: Form, scaling: str, lengths: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, each laid out as (B, T, H, D). lengths: of queries and of keys.
 
@@ -233,4 +244,4 @@ def backward(
     form = form._replace(tf32=dtype == torch.float32)
     q, k = (values(held, scaling, T, dtype) for held, T in zip(operands, (Tq, Tk), strict=False))
     v = values(operands[2], scaling, Tk, dtype, transposed=True)
-    return attention_launch.backward(grad_output, q, k, v, out, stats, form, False, rounded=True)[:3]
+    return attention_launch.backward(grad_output, q, k, v, out, stats, tail, form, False, rounded=True)[:3]

@@ -13,7 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusekit.kernels import attention_adapter, attention_choice, attention_launch, attention_trial, times_file
+from fusekit.kernels import (
+    attention_adapter,
+    attention_choice,
+    attention_launch,
+    attention_tail,
+    attention_trial,
+    times_file,
+)
 from fusekit.kernels.attention_form import Form
 from fusekit.kernels.launch import on_gpu, recording
 from fusekit.kernels.times_file import OWN, Choice, Times
@@ -23,8 +30,9 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, bias_grad: bool
-) -> Grads:
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, tail: Tensor, form: Form,
+    bias_grad: bool,
+) -> Grads:  # fmt: skip
     """dq, dk, dv, the gradients of an additive mask and of sinks, as attention_launch.backward."""
     if not form.deterministic and not recording():
         name = choose(q, k, v, form).name
@@ -32,7 +40,7 @@ def backward(
         kind = attention_trial.kind_of(name, q, k, v, form, backward=True)
         if library is not None and attention_trial.was_passed(kind):
             return *attention_adapter.backward(library, dy, q, k, v, out, stats, form), None, None
-    return attention_launch.backward(dy, q, k, v, out, stats, form, bias_grad)
+    return attention_launch.backward(dy, q, k, v, out, stats, tail, form, bias_grad)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, form: Form) -> None:
@@ -65,6 +73,19 @@ def describe(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str:
     return f"forward and backward: {first}; backward {second.reason}"
 
 
+def retreat(q: Tensor, k: Tensor, v: Tensor, form: Form, reason: str) -> str:
+    """Give up the libraries for calls of this kind; returns which computed this one until now, if any did."""
+    if not on_gpu(q):
+        return ""
+    passes = (False,) if form.deterministic else (False, True)
+    chosen = (attention_choice.choose(q, k, v, form, backward) for backward in passes)
+    left = dict.fromkeys(choice.name for choice in chosen if attention_choice.named(choice.name) is not None)
+    if left:
+        for backward in passes:
+            attention_choice.give_up(q, k, v, form, f"verify: {reason}", backward)
+    return " and ".join(left)
+
+
 def measure(
     q: Tensor, k: Tensor, v: Tensor, form: Form, clock: Callable[[Callable[[], object]], float] | None = None
 ) -> Times:
@@ -74,9 +95,9 @@ def measure(
         return {}
     clock = clock or times_file.seconds
     with torch.no_grad():
-        out, stats = attention_launch.forward(q, k, v, form)
-        call = torch.randn_like(out), q, k, v, out, stats, form
-        times = {OWN: clock(partial(attention_launch.backward, *call, False))}
-        times |= {x.name: clock(partial(attention_adapter.backward, x, *call)) for x in able}
+        out, stats, tail = attention_launch.forward(q, k, v, form, attention_tail.IF_OWN)
+        call = torch.randn_like(out), q, k, v, out, stats
+        times = {OWN: clock(partial(attention_launch.backward, *call, tail, form, False))}
+        times |= {x.name: clock(partial(attention_adapter.backward, x, *call, form)) for x in able}
     attention_choice.keep(times, q, k, v, form, backward=True)
     return {f"{name} backward": seconds for name, seconds in times.items()}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from fusekit.kernels._triton import tl, triton
 from fusekit.kernels.attention_globals import keys_visited, queries_visited, visited
+from fusekit.kernels.attention_tail import cut_off, rejoined
 from fusekit.kernels.attention_tiles import (
     capped_scores,
     head_offset,
@@ -62,13 +63,14 @@ def _forward_blocks(
         base = new_largest
         if MASK != 0 or BAND == 2 or DOCUMENTS:
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        p = tl.exp2(scores * factor - base[:, None])
+        # Added up as they meet v, rounded: weights that add up to one, whichever way they went.
+        p = tl.exp2(scores * factor - base[:, None]).to(v_ptr.dtype.element_ty)
         rescale = tl.exp2(largest - base)
-        total = total * rescale + tl.sum(p, 1)
+        total = total * rescale + tl.sum(p.to(tl.float32), 1)
         if DROPOUT:
             p = tl.where(kept(seed, head_index, m[:, None], n[None, :], Tq, Tk, dropout), p, 0.0)
         v = load_rows(v_ptr, n, stride_vn, stride_vd, Tk, DV, BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
         largest = new_largest
     return acc, total, largest
 
@@ -76,7 +78,8 @@ def _forward_blocks(
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
-    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr, seed_ptr, out_ptr, stats_ptr,
+    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr, seed_ptr, out_ptr, tail_ptr,
+    stats_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_sb, stride_sh, stride_pb, stride_db, stride_eb, stride_gb, stride_hb,
@@ -159,8 +162,11 @@ def _forward_kernel(
     out = acc / tl.where(empty, 1.0, total)[:, None]
     if DROPOUT:
         out *= 1.0 / (1.0 - dropout)
-    out_ptr += (batch.to(tl.int64) * Tq * H + head) * DV
-    store_rows(out_ptr, m, H * DV, out, Tq, DV, BLOCK_DV)
+    first_row = (batch.to(tl.int64) * Tq * H + head) * DV
+    rounded = out.to(out_ptr.dtype.element_ty)
+    store_rows(out_ptr + first_row, m, H * DV, rounded, Tq, DV, BLOCK_DV)
+    if tail_ptr is not None:
+        store_rows(tail_ptr + first_row, m, H * DV, cut_off(out, rounded), Tq, DV, BLOCK_DV)
     rows = head_index.to(tl.int64) * Tq + m
     if MASK == 2:
         tl.store(stats_ptr + rows, tl.where(empty, float("inf"), largest), mask=m < Tq)
@@ -171,8 +177,8 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_query_kernel(
-    dy_ptr, q_ptr, k_ptr, v_ptr, out_ptr, mask_ptr, slopes_ptr, places_ptr, documents_ptr, key_documents_ptr,
-    global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, out_ptr, tail_ptr, mask_ptr, slopes_ptr, places_ptr,
+    documents_ptr, key_documents_ptr, global_queries_ptr, global_keys_ptr, ranges_ptr, blocks_ptr,
     seed_ptr, stats_ptr, delta_ptr, given_ptr, dq_ptr,
     stride_yb, stride_yh, stride_ym, stride_yd, stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
@@ -196,8 +202,10 @@ def _grad_query_kernel(
     rows = head_index.to(tl.int64) * Tq + m
     dy_ptr += head_offset(stride_yb, stride_yh, batch, head)
     dy = load_rows(dy_ptr, m, stride_ym, stride_yd, Tq, DV, BLOCK_DV)
-    out_ptr += (batch.to(tl.int64) * Tq * H + head) * DV
-    out = load_rows(out_ptr, m, H * DV, 1, Tq, DV, BLOCK_DV)
+    first_row = (batch.to(tl.int64) * Tq * H + head) * DV
+    out = load_rows(out_ptr + first_row, m, H * DV, 1, Tq, DV, BLOCK_DV)
+    if tail_ptr is not None:
+        out = rejoined(out, load_rows(tail_ptr + first_row, m, H * DV, 1, Tq, DV, BLOCK_DV))
     delta = tl.sum(dy.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + rows, delta, mask=m < Tq)
     q_ptr += head_offset(stride_qb, stride_qh, batch, head)

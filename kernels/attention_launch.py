@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusekit.kernels import attention_tail
 from fusekit.kernels._triton import triton
 from fusekit.kernels.attention_bias import grad_bias_kernel
 from fusekit.kernels.attention_form import Form
@@ -192,29 +193,32 @@ def _broadcast(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None
     return mask, mask.stride()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, and stats."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, form: Form, tail: int = attention_tail.NONE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, Tq, DV) in (B, Tq, H, DV) memory, stats, and the tail of out (attention_tail.py)."""
     (B, H, Tq, _), Tk = q.shape, k.shape[-2]
     mask, mask_strides = _broadcast(form.mask, q, k)
     block_m, block_n, warps, stages = _blocks("forward", q, v, form)
     constants = _constants(q, v, form, block_m, block_n)
     out = q.new_empty((B, Tq, H, v.shape[-1]))
     stats = q.new_empty((1 + (constants["MASK"] == ADDITIVE_MASK), B, H, Tq), dtype=torch.float32)
+    cut = attention_tail.empty(q, v, tail)
     rows = Rows.of(form, q, k)
     launch(
         _forward_kernel, (B * H * triton.cdiv(Tq, block_m),),
         q, k, v, mask, form.sinks, *rows, rows.key_ranges(block_m), rows.global_key_blocks(block_n),
-        form.seed, out, stats,
+        form.seed, out, attention_tail.given(cut), stats,
         *q.stride(), *k.stride(), *v.stride(), *mask_strides, *rows.strides,
         H, H // k.shape[1], Tq, Tk, B * H * Tq, *_score_numbers(form), form.dropout, form.seed_offset,
         **constants, FOLDED=_folds(form), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out.transpose(1, 2), stats
+    return out.transpose(1, 2), stats, cut
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, bias_grad: bool,
-    rounded: bool = False,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, tail: Tensor, form: Form,
+    bias_grad: bool, rounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv, each laid out as (B, T, H, D); the gradients of an additive mask and of sinks, or None.
     rounded: P and stats are attention_fp8's."""
@@ -232,8 +236,8 @@ def backward(
     block_m, block_n, warps, stages = _blocks("grad_query", q, v, form, rounded)
     launch(
         _grad_query_kernel, (B * H * triton.cdiv(Tq, block_m),),
-        dy, q, k, v, out, mask, *rows, rows.key_ranges(block_m), rows.global_key_blocks(block_n),
-        form.seed, stats, delta, given, dq,
+        dy, q, k, v, out, attention_tail.given(tail), mask,
+        *rows, rows.key_ranges(block_m), rows.global_key_blocks(block_n), form.seed, stats, delta, given, dq,
         *strides, *numbers,
         **_constants(q, v, form, block_m, block_n), ROUNDED=rounded, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -66,6 +66,11 @@ def was_passed(kind: Kind) -> bool:
     return _outcomes.get(kind, "not tried") is None
 
 
+def lose(kind: Kind, reason: str) -> None:
+    """Whatever its trial said."""
+    _outcomes[kind] = reason
+
+
 def passes(kind: Kind, fused: Callable[..., Tensor], reference: Callable[..., Tensor]) -> bool:
     """Whether it passed, now or before.
 

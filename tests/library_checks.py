@@ -18,6 +18,7 @@ from fusekit.kernels import (
     attention_launch,
     attention_libraries,
     attention_native,
+    attention_tail,
     attention_trial,
     times_file,
 )
@@ -82,14 +83,15 @@ def take_the_gpus_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the GPU's way; the CPU's passes stand in for our kernels, in their units."""
 
     def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, form: Form, _: bool
-    ):
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, tail: Tensor, form: Form,
+        _: bool,
+    ):  # fmt: skip
         grads = attention_native.backward(dy, q, k, v, out, stats / LOG2E, *attention._native(form))
         return *grads, None, None
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, form: Form):
+    def forward(q: Tensor, k: Tensor, v: Tensor, form: Form, tail: int = attention_tail.NONE):
         out, stats = attention_native.forward(q, k, v, *attention._native(form))
-        return out, stats * LOG2E
+        return out, stats * LOG2E, attention_tail.empty(q, v, tail)
 
     monkeypatch.setattr(attention, "on_gpu", lambda x: True)
     monkeypatch.setattr(attention_launch, "backward", backward)

@@ -186,7 +186,7 @@ def test_a_package_that_is_not_as_assumed_computes_nothing(install, monkeypatch,
     monkeypatch.setattr(attention_choice, "DEFAULTS", {"sm_90": (name,)})
     q, k, v = heads(520, 4), heads(520, 2), heads(520, 2)
     given = form(q, k, v, causal=True)
-    out, _ = attention_choice.forward(q, k, v, given)
+    out, *_ = attention_choice.forward(q, k, v, given)
     assert (out - exact(q, k, v, given)[0]).abs().max() < 0.05
     told = attention_choice.choose(q, k, v, given)
     assert told.name == OWN and told.reason.startswith(f"{name}: on a small call") and reason in told.reason

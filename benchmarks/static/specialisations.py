@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.static import decoding, products
+from benchmarks.static import decoding, products, untailed
 from fusekit.kernels import FP8_OPS, OPS, add_layer_norm, norm_fp8
 from fusekit.kernels.fp8_history import DelayedScales
 from fusekit.kernels.fp8_maxima import fp8_maxima
@@ -30,6 +30,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.bool: "*i1",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.float8_e5m2: "*fp8e5",
@@ -207,6 +208,9 @@ def collect() -> dict[str, Specialisation]:
         for target in ALL_TARGETS:
             for start in decoding.launches(target):
                 _add(found, specialise(start), target)
+            for start, bench in untailed.launches(target):
+                if all(start.grid):
+                    _add(found, specialise(start, bench), target)
     return found
 
 

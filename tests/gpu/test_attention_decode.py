@@ -26,9 +26,9 @@ def taken(monkeypatch) -> list[int]:
     calls = []
     forward = attention_decode.forward
 
-    def counted(q, k, v, form):
+    def counted(q, k, v, form, tail):
         calls.append(attention_decode.split(q, k, v, form).parts)
-        return forward(q, k, v, form)
+        return forward(q, k, v, form, tail)
 
     monkeypatch.setattr(attention_decode, "forward", counted)
     return calls
@@ -48,10 +48,10 @@ def test_one_query_of_grouped_heads(dtype, taken):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gives_the_ordinary_kernels_output_and_stats(dtype, taken, monkeypatch):
-    """So that its backward kernels follow: the same two results, to their rounding."""
+    """So that its backward kernels follow: the same results, to their rounding."""
     q, k, v = heads(1, 3, 4, 64, dtype), heads(1, 150, 2, 64, dtype), heads(1, 150, 2, 64, dtype)
     for mask in (None, torch.randn(4, 3, 150).to("cuda", dtype)):
-        args = (q, k, v, mask, False, 0.125, 0.0, None, 0, False, None, 0, *[None] * 8, False, True)
+        args = (q, k, v, 1, mask, False, 0.125, 0.0, None, 0, False, None, 0, *[None] * 8, False, True)
         split = torch.ops.fusekit.attention_forward(*args)
         with monkeypatch.context() as patch:
             patch.setattr(attention_decode, "takes", lambda *args: False)
@@ -61,7 +61,7 @@ def test_gives_the_ordinary_kernels_output_and_stats(dtype, taken, monkeypatch):
             assert ours.stride() == theirs.stride()
         tolerance = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
         torch.testing.assert_close(split[0], whole[0], **tolerance)
-        torch.testing.assert_close(split[1], whole[1])  # log2 sums, and largest scores beside a bias
+        torch.testing.assert_close(split[1], whole[1], **tolerance)  # log2 sums; largest scores beside a bias
     assert len(taken) == 2
 
 
