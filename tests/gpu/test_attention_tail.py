@@ -74,7 +74,7 @@ def assert_as_close_as_products_are(args: tuple[Any, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("form", ["full", "causal", "window", "bias", "dropout", "slopes", "capped", "sinks"])
-def test_gradients_where_scores_are_alike_do_not_show_that_the_output_was_rounded(dtype, form):
+def test_gradients_where_scores_are_alike_do_not_show_that_the_output_was_rounded(dtype, form, monkeypatch):
     """dq was more than 100 floors off."""
     q, k, v = alike(150, dtype)
     given = {
@@ -90,9 +90,12 @@ def test_gradients_where_scores_are_alike_do_not_show_that_the_output_was_rounde
     args = arguments(q, k, v, **given)
     results = assert_as_close_as_products_are(args)
     if form in ("full", "causal"):
-        truth, _ = of_dq(args)
+        truth, floor = of_dq(args)
         eager = results_and_grads(as_models_write_it, (q, k, v, form == "causal"))["grad_0"]
         assert (results["grad_0"].double() - truth).norm() < 1.3 * (eager.double() - truth).norm()
+        monkeypatch.setattr(attention_tail, "wanted", lambda q: attention_tail.NONE)
+        without = results_and_grads(OP.fused, args)["grad_0"]
+        assert (without.double() - truth).norm() > 50 * floor
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
