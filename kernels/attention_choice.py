@@ -130,8 +130,10 @@ def measure(
     if not able:
         return {}
     clock = clock or times_file.seconds
+    trains = any(x.requires_grad for x in (q, k, v))
+    tail = attention_tail.IF_OWN if trains else attention_tail.NONE
     with torch.no_grad():
-        times = {OWN: clock(partial(attention_launch.forward, q, k, v, form))}
+        times = {OWN: clock(partial(attention_launch.forward, q, k, v, form, tail))}
         times |= {
             library.name: clock(partial(attention_adapter.forward, library, q, k, v, form))
             for library in able

@@ -211,6 +211,18 @@ def test_regressions_are_judged_against_the_record(tmp_path):
     assert gate.judge(found, {"3.8": {("k(", 90): worse}}, record.to_record(found, results)) == []
 
 
+def test_a_record_keeps_what_is_planned_and_was_not_made_again():
+    before = {
+        "a(": {"triton 3.8 sm_90": {"made": "old"}, "triton 3.6 sm_90": {"made": "kept"}},
+        "gone(": {"triton 3.8 sm_90": {"made": "old"}},
+    }
+    made = {"b(": {"triton 3.6 sm_90": {"made": "new"}}, "a(": {"triton 3.8 sm_90": {"made": "new"}}}
+    jobs = [{"key": "a(", "arch": 90}, {"key": "b(", "arch": 90}]
+    found = record.joined(made, before, {"3.8": jobs[:1], "3.6": jobs})
+    assert list(found) == ["a(", "b("] and list(found["a("]) == ["triton 3.8 sm_90", "triton 3.6 sm_90"]
+    assert [build["made"] for builds in found.values() for build in builds.values()] == ["new", "kept", "new"]
+
+
 def test_a_record_of_another_schema_is_refused(tmp_path):
     (tmp_path / "old.json").write_text('{"gemm": {}}')
     with pytest.raises(ValueError, match="--record writes it anew"):

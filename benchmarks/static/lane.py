@@ -6,8 +6,9 @@ machine's makes other code than the newest: this Python's, and that of `.venv-tr
     no spilled registers; no "wgmma serialized" from ptxas; tensor cores wherever tl.dot multiplies 16-bit
     values; registers and shared memory with which it can be launched; and beside the record,
     benchmarks/results/static.json: registers, shared memory, occupancy, tensor-core instructions and the hot
-    loop's cycles against its bound are not worse. `--record` writes the record. Of products by large tiles
-    on sm_90 the loop's cycles are at most 1.15 of the tensor cores' bound, record or not.
+    loop's cycles against its bound are not worse. `--record` writes the record, in which builds that are
+    recorded as they would be made now stay. Of products by large tiles on sm_90 the loop's cycles are at most
+    1.15 of the tensor cores' bound, record or not.
 
 Kernels that samples of real model size and the tables' configurations need are compiled for the GPU machine's
 pair of Triton and architecture, and each configuration once, with the most tensors, for every other pair; of
@@ -49,25 +50,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     console = Console(width=None if sys.stdout.isatty() else 150)
     try:
-        recorded = {} if options.record else record.read()
+        recorded = record.read()
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        if not options.record:
+            print(error, file=sys.stderr)
+            return 2
+        recorded = {}
     with console.status("collecting kernels"):
         found = {key: s for key, s in collect().items() if options.kernel in key.split("(")[0]}
     jobs = plan(found.values(), options.all, amd=options.all or options.report is not None)
-    planned = sum(map(len, jobs.values()))
+    planned, count_planned = jobs, sum(map(len, jobs.values()))
     if not (options.all or options.fresh or options.report):
         jobs = changed(jobs, recorded, datetime.date.today().toordinal())
     results = _compile(console, jobs)
-    failures = judge(found, results, recorded)
+    failures = judge(found, results, {} if options.record else recorded)
     console.print(table(found, results, failures))
     if amd := amd_table(results):
         console.print(amd)
     for key, version, arch, sentence in failures:
         console.print(f"[red]FAILED[/] triton {version} sm_{arch} {key}\n       {sentence}", highlight=False)
     if options.record and not failures:
-        record.write(record.to_record(found, results))
+        record.write(record.joined(record.to_record(found, results), recorded, planned))
         large_tiles.draw(record.read())
     if options.report is not None:
         from benchmarks.static.page import write_report
@@ -75,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"report: {write_report(found, results, failures, options.report)}", highlight=False)
     count = sum(map(len, results.values()))
     console.print(
-        f"static: {len(found)} kernels, {planned} builds: {count} made, "
-        f"{planned - count} recorded as they are now; {len(failures)} failures"
+        f"static: {len(found)} kernels, {count_planned} builds: {count} made, "
+        f"{count_planned - count} recorded as they are now; {len(failures)} failures"
     )
     return 1 if failures else 0
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results_file import RESULTS, environment
-from benchmarks.static.build import Results
+from benchmarks.static.build import Jobs, Results
 from benchmarks.static.gate import derive
 from benchmarks.static.occupancy import ARCHITECTURES
 from benchmarks.static.specialisations import Specialisation
@@ -30,6 +31,22 @@ def to_record(specialisations: dict[str, Specialisation], results: Results) -> d
                     entry["loop"] = full["loop"]["limit"]
                 kernels.setdefault(key, {})[f"triton {version} sm_{arch}"] = entry
     return {key: kernels[key] for key in sorted(kernels)}
+
+
+def joined(kernels: dict[str, Any], before: dict[str, Any], planned: Jobs) -> dict[str, Any]:
+    """These builds, and of a record made before those that are still planned and were not made again."""
+    found = {key: dict(builds) for key, builds in kernels.items()}
+    for version, jobs in planned.items():
+        for job in jobs:
+            name, builds = f"triton {version} sm_{job['arch']}", before.get(job["key"], {})
+            if name in builds:
+                found.setdefault(job["key"], {}).setdefault(name, builds[name])
+    order = {f"triton {version} sm_{arch}": i for i, (version, arch) in enumerate(_names(planned))}
+    return {key: dict(sorted(found[key].items(), key=lambda x: order[x[0]])) for key in sorted(found)}
+
+
+def _names(planned: Jobs) -> Iterator[tuple[str, int]]:
+    return ((version, arch) for version in planned for arch in ARCHITECTURES)
 
 
 def write(kernels: dict[str, Any], path: Path = RECORD) -> None:
