@@ -58,7 +58,7 @@ def _calls(
     for dtype in (torch.bfloat16, torch.float16):
         for B, H, kv_heads, T, D in shapes:
             q, k, v = (
-                torch.randn(B, T, heads, D, device=device, dtype=dtype).transpose(1, 2)
+                torch.randn(B, T, heads, D, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
                 for heads in (H, kv_heads, kv_heads)
             )
             for causal in (True, False):
