@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_checks import multiply_low_precision
 
 from fusekit.kernels import linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
@@ -66,18 +67,7 @@ def test_a_processor_that_multiplies_low_precision_wants_low_parameters(monkeypa
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_processor_that_multiplies_low_precision(act, dtype, monkeypatch):
-    def in_float32(x, weight, bias, act):  # oneDNN refuses such products where the processor has none
-        wide = (x.float(), weight.float(), None if bias is None else bias.float())
-        return apply_with_epilogue(*wide, act).to(x.dtype)
-
-    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(linear_cpu, "apply_with_epilogue", in_float32)
-
-    def add_in_float32(x, weight, bias, residual):
-        wide = (x.float(), weight.float(), None if bias is None else bias.float())
-        return add_in_epilogue(*wide, residual.float()).to(x.dtype)
-
-    monkeypatch.setattr(linear_cpu, "add_in_epilogue", add_in_float32)
+    multiply_low_precision(monkeypatch)
     leaves = [(torch.randn(s) / 2).to(dtype).requires_grad_() for s in ((70, 65), (72, 65), (72,), (70, 72))]
     assert_parity((*leaves[:3], None, act), inherent=OP.inherent)
     assert_parity((*leaves, act), inherent=True)

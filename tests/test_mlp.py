@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_checks import multiply_low_precision
 
 from fusekit.kernels import cpu_library, feed_forward_whole, linear_cpu
 from fusekit.kernels.activations import ACTIVATIONS
@@ -227,8 +228,7 @@ def as_initialised(act, device="cpu", rows=256, K=128, H=512):
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "silu"])
 def test_rounding_twice_does_not_bias_the_second_weights_gradient(act, compiled, monkeypatch):
-    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(feed_forward_whole, "multiplies", lambda dtype: True)
+    multiply_low_precision(monkeypatch, feed_forward_whole)
     if not compiled:
         monkeypatch.setattr(cpu_library, "available", lambda: False)
         monkeypatch.setattr(cpu_library, "multiplies", lambda: False)
@@ -256,8 +256,7 @@ def backward_ops(backward):
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_last_backward_pass_alone_writes_over_what_was_saved(packed, compiled, monkeypatch):
-    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(feed_forward_whole, "multiplies", lambda dtype: True)
+    multiply_low_precision(monkeypatch, feed_forward_whole)
     monkeypatch.setattr(feed_forward_whole, "HIDDEN_BYTES", 1)  # many blocks of columns
     monkeypatch.setattr(feed_forward_whole, "LEAST_WIDTH", 16)
     if not compiled:
@@ -291,8 +290,7 @@ def test_a_compiled_backward_pass_keeps_what_was_saved():
 
 
 def test_a_backward_pass_that_was_interrupted_is_not_tried_again_on_overwritten_tensors(monkeypatch):
-    monkeypatch.setattr(linear_cpu, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(feed_forward_whole, "multiplies", lambda dtype: True)
+    multiply_low_precision(monkeypatch, feed_forward_whole)
     *args, act = mlp_arguments("gelu", torch.bfloat16)
     y = MLP.fused(*args, act)
 
