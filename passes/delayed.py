@@ -142,6 +142,8 @@ class ModelScales:
         Raises:
             ValueError: it is of a model with other weights, or of another length of history.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"delayed scales are a dict of names, and got a {type(state).__name__}")
         if list(state.get("weights", ())) != self.names:
             differing = sorted(set(self.names) ^ set(state.get("weights", ())))
             raise ValueError(

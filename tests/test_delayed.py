@@ -190,6 +190,10 @@ def test_states_that_do_not_fit_are_refused() -> None:
         fusekit.precision_state(other).load_state_dict(saved)
     with pytest.raises(ValueError, match="another history length"):
         fusekit.precision_state(made("fp8-delayed")).load_state_dict(saved)
+    with pytest.raises(ValueError, match="is missing, of this model"):
+        fusekit.precision_state(made(SHORT)).load_state_dict(saved | {"scale": 1.0})
+    with pytest.raises(ValueError, match="a dict of names, and got a str"):
+        fusekit.precision_state(model).load_state_dict("run.pt")  # type: ignore[arg-type]
     plain = made("fp8-tensorwise")
     empty = fusekit.precision_state(plain)
     assert empty.state_dict() == {}

@@ -173,6 +173,12 @@ def test_exact_products_do_not_depend_on_the_order_of_sums(spread: float) -> Non
         assert exact[row, 3].item() == float(total)
 
 
+def test_a_recipe_of_a_list_is_one_of_a_tuple() -> None:
+    assert hash(Recipe(keep=["a"])) == hash(Recipe(keep=("a",)))  # type: ignore[arg-type]
+    short = Recipe(delayed=True, history=7, margin=1, head=True)
+    assert short.current() == Recipe(head=True)
+
+
 def test_recipes_travel_as_words() -> None:
     for name, recipe in PRESETS.items():
         assert Recipe.parse(recipe.token()) == recipe == Recipe.parse(name)
@@ -194,6 +200,16 @@ def test_recipes_travel_as_words() -> None:
         ({"scaling": "mx"}, "known to diverge"),
         ({"accumulation": "exact", "power_of_two": False}, "no format holds"),
         ({"output": False, "grad_input": False, "grad_weight": False}, "precision='bf16'"),
+        ({"history": 16}, "use delayed=True"),
+        ({"margin": 1}, "use delayed=True"),
+        ({"delayed": True, "history": 2.5}, "history is a whole number, and got 2.5"),
+        ({"delayed": True, "margin": "1"}, "margin is a whole number, and got '1'"),
+        ({"edge_blocks": True}, "edge_blocks is a whole number, and got True"),
+        ({"delayed": "no"}, "delayed is True or False, and got 'no'"),
+        ({"grad_weight": "bf16"}, "grad_weight is True or False, and got 'bf16'"),
+        ({"keep": None}, "keep is a tuple"),
+        ({"keep": "head"}, "keep is a tuple"),
+        ({"keep": (1,)}, "keep is a tuple"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(fields, sentence: str) -> None:

@@ -374,6 +374,7 @@ def test_own_autograd_function_is_captured_in_low_precision() -> None:
     ("options", "sentence"),
     [
         ({"precision": "bfloat16"}, "did you mean 'bf16'"),
+        ({"precision": torch.float16}, "did you mean 'fp16'"),
         ({"precision": 16}, "precision is one of"),
         ({"fuse": ["atention"]}, "an op in fuse is one of"),
         ({"fuse": 3}, "names of ops"),
