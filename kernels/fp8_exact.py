@@ -23,9 +23,9 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     if not (a.numel() and b.numel()):
         return a.double() @ b.double()
     spans = [_span(a, 1), _span(b, 0)]
-    missing = math.ceil(sum(spans)) - FLOAT64_BITS
-    if missing <= 0 or not math.isfinite(missing):
+    if sum(spans) <= FLOAT64_BITS:  # -inf of zeros, and of a NaN, which no sum hides
         return a.double() @ b.double()
+    missing = math.ceil(sum(spans)) - FLOAT64_BITS
     if spans[0] < spans[1]:
         return exact_product(b.t(), a.t()).t()
     # Elements from here on have a quantum that is 2^missing times the least one.

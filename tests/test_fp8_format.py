@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusekit.kernels import fp8_cpu, fp8_format
 from fusekit.kernels.fp8_exact import exact_product
@@ -171,6 +171,19 @@ def test_exact_products_do_not_depend_on_the_order_of_sums(spread: float) -> Non
         terms = zip(a[row].tolist(), b[:, 3].tolist(), strict=True)
         total = sum((Fraction(x) * Fraction(y) for x, y in terms), Fraction(0))
         assert exact[row, 3].item() == float(total)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_exact_products_of_zeros_and_of_nan(value: float) -> None:
+    a, b = torch.full((24, 32), value), torch.ones(32, 20)
+    assert torch.equal(exact_product(a, b).nan_to_num(7.0), (a @ b).double().nan_to_num(7.0))
+    layer = nn.Linear(32, 32)
+    x = torch.full((4, 32), value, dtype=torch.bfloat16, requires_grad=True)
+    recipe = Recipe(accumulation="exact").token()
+    y = torch.ops.fusekit.linear_fp8(x, layer.weight, None, "none", recipe)
+    y.sum().backward()
+    assert bool(y.isnan().all()) == (value != value)
+    assert torch.equal(layer.weight.grad.nan_to_num(7.0), torch.full((32, 32), value).nan_to_num(7.0))
 
 
 def test_a_recipe_of_a_list_is_one_of_a_tuple() -> None:
