@@ -186,6 +186,13 @@ def test_exact_products_of_zeros_and_of_nan(value: float) -> None:
     assert torch.equal(layer.weight.grad.nan_to_num(7.0), torch.full((32, 32), value).nan_to_num(7.0))
 
 
+def test_exact_products_of_the_largest_numbers() -> None:
+    a = torch.full((4, 32), 1.75 * 2.0**127)
+    assert torch.equal(exact_product(a, torch.ones(32, 3)), a.double() @ torch.ones(32, 3).double())
+    a[1, 3] = torch.inf
+    assert exact_product(a, torch.ones(32, 3)).isinf().all(1).tolist() == [False, True, False, False]
+
+
 def test_a_recipe_of_a_list_is_one_of_a_tuple() -> None:
     assert hash(Recipe(keep=["a"])) == hash(Recipe(keep=("a",)))  # type: ignore[arg-type]
     short = Recipe(delayed=True, history=7, margin=1, head=True)
