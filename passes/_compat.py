@@ -260,7 +260,8 @@ def never_trace(function: Callable[..., Any]) -> None:
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a hook on optimizer steps: a compiled step breaks its graph there and runs it as it is."""
+    """For a hook on optimizer steps: a compiled step breaks its graph there and runs it as it is. And for
+    what is called from a function that `never_trace` names, which covers none of its callees."""
     return torch.compiler.disable(function)
 
 
