@@ -66,6 +66,9 @@ class AutoPrecision:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"AutoPrecision: {name} is a whole number above 0, and got {value!r}")
+        for name in ("guard", "emulate", "across_ranks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"AutoPrecision: {name} is True or False, and got {getattr(self, name)!r}")
         if self.rows > 4096:
             raise ValueError(
                 f"AutoPrecision: rows={self.rows} is above 4096, and a sample would cost more than it tells"

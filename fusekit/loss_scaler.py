@@ -83,12 +83,20 @@ class LossScaler:
         self._windows: dict[Optimizer, _Window] = {}
 
     def _check_numbers(self, scale: float) -> None:
+        numbers = {"init_scale": scale} | {
+            name: getattr(self, name) for name in ("growth_factor", "backoff_factor", "floor", "ceiling")
+        }
+        for name, value in numbers.items():
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"LossScaler: {name} is a number, got {value!r}")
         if not self.growth_factor > 1.0:
             raise ValueError(f"LossScaler: growth_factor is above 1, got {self.growth_factor}")
         if not 0.0 < self.backoff_factor < 1.0:
             raise ValueError(f"LossScaler: backoff_factor is between 0 and 1, got {self.backoff_factor}")
-        if self.growth_interval < 1:
-            raise ValueError(f"LossScaler: growth_interval is at least 1, got {self.growth_interval}")
+        if not isinstance(self.growth_interval, int) or self.growth_interval < 1:
+            raise ValueError(
+                f"LossScaler: growth_interval is at least 1, a whole number, got {self.growth_interval}"
+            )
         if not (0.0 < self.floor <= scale <= self.ceiling and math.isfinite(scale)):
             raise ValueError(
                 f"LossScaler: the scale lies between floor {self.floor:g} (above 0) and ceiling "

@@ -166,9 +166,8 @@ def _choice(name: str, value: Any, allowed: Iterable[str], synonyms: Mapping[str
     allowed = list(allowed)
     if value in allowed:
         return value
-    meant = (synonyms or {}).get(str(value)) or next(
-        iter(difflib.get_close_matches(str(value), allowed, 1)), None
-    )
+    word = str(value).removeprefix("torch.")  # of a dtype
+    meant = (synonyms or {}).get(word) or next(iter(difflib.get_close_matches(word, allowed, 1)), None)
     hint = f"; did you mean {meant!r}?" if meant else ""
     raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, and got {value!r}{hint}")
 

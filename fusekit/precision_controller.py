@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 GUARD_READ = 10  # steps between reads of the guard's alarms
 GUARDED_STEPS = 200
+STATE = (
+    "plan", "step", "sampled_at", "ended", "calibrating", "planned", "guard", "guard_fed", "alarms",
+    "guarded_until", "changes",
+)  # fmt: skip
 
 
 class PrecisionController(PrecisionDecisions):
@@ -146,7 +150,7 @@ class PrecisionController(PrecisionDecisions):
         Raises:
             ValueError: the state is of another model, or no such state.
         """
-        if "plan" not in state:
+        if not isinstance(state, Mapping) or not set(STATE) <= state.keys():
             raise ValueError('this is no state of precision="auto"; state_dict() of a controller gives one')
         plan = PrecisionPlan.from_dict(dict(state["plan"]), source="the checkpoint's precision state")
         plan.check(self._session.model)

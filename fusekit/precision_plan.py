@@ -123,6 +123,8 @@ class PrecisionPlan:
         Raises:
             ValueError: missing, damaged, or no plan.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"a plan is a PrecisionPlan or the path of one, and got a {type(path).__name__}")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

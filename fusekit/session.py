@@ -169,12 +169,7 @@ class OptimisedCall:
         self._session, self._compiled = session, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        precision = self._session.training_precision
-        if precision is not None:
-            precision.before_call()
-        current = _current.sessions
-        current.append(self._session)
-        _compat.ensure_callbacks(_on_compile_start, _on_compile_end)
+        precision = self._enter()
         try:
             output = self._compiled(*args, **kwargs)
         except (
@@ -184,17 +179,33 @@ class OptimisedCall:
             self._compiled = self._session.model._call_impl
             output = self._compiled(*args, **kwargs)
         finally:
-            current.pop()
+            _current.sessions.pop()
+        self._leave(precision, args, kwargs)
+        return output
+
+    @_compat.untraced
+    def _enter(self) -> PrecisionController | None:
+        precision = self._session.training_precision
+        if precision is not None:
+            precision.before_call()
+        _current.sessions.append(self._session)
+        _compat.ensure_callbacks(_on_compile_start, _on_compile_end)
+        return precision
+
+    @_compat.untraced
+    def _leave(
+        self, precision: PrecisionController | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self._session.unsettled or self._session.may_be_worn_out():
             self._session.settle()
         if precision is not None:
             precision.after_call()
         for hook in self._session.after_call:
             hook(self._session, args, kwargs)
-        return output
 
 
-_compat.never_trace(OptimisedCall.__call__)  # a parent that was optimised too must not trace our bookkeeping
+# A torch.compile around the model, or a parent that was optimised too, must not trace our bookkeeping.
+_compat.never_trace(OptimisedCall.__call__)
 
 
 class _Current(threading.local):

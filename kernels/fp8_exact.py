@@ -16,6 +16,7 @@ from torch import Tensor
 
 FLOAT64_BITS = 53
 SIGNIFICANT_BITS = 4  # of e4m3; e5m2 has 3
+_INFINITY = 0x7F800000  # the pattern of float32's
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
@@ -23,9 +24,9 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     if not (a.numel() and b.numel()):
         return a.double() @ b.double()
     spans = [_span(a, 1), _span(b, 0)]
-    missing = math.ceil(sum(spans)) - FLOAT64_BITS
-    if missing <= 0 or not math.isfinite(missing):
+    if sum(spans) <= FLOAT64_BITS:  # -inf of zeros, and of a NaN, which no sum hides
         return a.double() @ b.double()
+    missing = math.ceil(sum(spans)) - FLOAT64_BITS
     if spans[0] < spans[1]:
         return exact_product(b.t(), a.t()).t()
     # Elements from here on have a quantum that is 2^missing times the least one.
@@ -56,10 +57,11 @@ def _quantum(x: Tensor) -> float:
     # A pattern less one, without its sign, puts zeros last.
     patterns = (x.view(torch.int32) & 0x7FFFFFFF).sub_(1).bitwise_and_(0x7FFFFFFF)
     least_pattern = int(patterns.min().item())
-    if least_pattern >= 0x7F800000 - 1:
+    if least_pattern >= _INFINITY - 1:
         return math.inf
     # The last bits of elements from 16 times the least on are above its own.
-    near = patterns[patterns < least_pattern + (SIGNIFICANT_BITS << 23)].add_(1).view(torch.float32).double()
+    limit = min(least_pattern + (SIGNIFICANT_BITS << 23), _INFINITY - 1)
+    near = patterns[patterns < limit].add_(1).view(torch.float32).double()
     step = 2.0 ** (math.floor(math.log2(near.min().item())) - SIGNIFICANT_BITS + 1)
     while not bool(((near / (2 * step)).frac() != 0).any()):
         step *= 2

@@ -161,10 +161,11 @@ class DelayedScales:
         """In place, so that views handed out stay valid."""
         for name in STATE:
             own = getattr(self, name)
-            if name not in state or state[name].shape != own.shape:
-                found = tuple(state[name].shape) if name in state else "missing"
+            given = state.get(name)
+            if not isinstance(given, Tensor) or given.shape != own.shape:
+                found = tuple(given.shape) if isinstance(given, Tensor) else "missing"
                 raise ValueError(
                     f"DelayedScales: {name} of the checkpoint is {found}, of this model {tuple(own.shape)}; "
                     f"it was written by a model with other layers or another history length"
                 )
-            own.copy_(state[name])
+            own.copy_(given)

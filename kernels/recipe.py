@@ -18,7 +18,7 @@ values, not from the codes. A recipe travels through an op's schema as a word: `
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ ACCUMULATIONS = ("exact", "fp32", "promote128", "fast")
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
+_HISTORY, _MARGIN = 1024, 0
 _LETTERS = {"o": "output", "i": "grad_input", "w": "grad_weight"}
 
 
@@ -70,25 +71,24 @@ class Recipe:
     head: bool = False
     edge_blocks: int = 0
     keep: tuple[str, ...] = ()
-    history: int = 1024
-    margin: int = 0
+    history: int = _HISTORY
+    margin: int = _MARGIN
     attention: str | None = None
     constant_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("forward", "gradient"):
-            if getattr(self, name) not in NAMES:
-                raise ValueError(
-                    f"Recipe: {name}={getattr(self, name)} is no FP8 dtype; "
-                    f"torch.float8_e4m3fn and torch.float8_e5m2 are"
-                )
-        for name, known in (("scaling", SCALINGS), ("accumulation", ACCUMULATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"Recipe: {name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        object.__setattr__(self, "keep", _names(self.keep))
+        self._check_kinds()
+        self._check_choices()
         if self.delayed and self.scaling != "tensor":
             raise ValueError(
                 f"Recipe: delayed scales need one amax a tensor, and scaling={self.scaling!r} has one a "
                 f"group; use scaling='tensor', or delayed=False"
+            )
+        if not self.delayed and (self.history, self.margin) != (_HISTORY, _MARGIN):
+            raise ValueError(
+                f"Recipe: history={self.history} and margin={self.margin} are about scales of earlier steps; "
+                f"use delayed=True with them"
             )
         if self.scaling in ("block", "mx") and not self.power_of_two:
             raise ValueError(f"Recipe: scaling={self.scaling!r} is defined with power_of_two=True scales")
@@ -102,19 +102,41 @@ class Recipe:
                 "Recipe: with scaling='mx' gradients of e5m2 are known to diverge; "
                 "use gradient=torch.float8_e4m3fn"
             )
-        if not 1 <= self.history <= 1024 or not 0 <= self.margin <= 8:
-            raise ValueError(
-                f"Recipe: history is 1 to 1024 steps and margin 0 to 8 bits, "
-                f"got {self.history} and {self.margin}"
-            )
-        if self.attention is not None and self.attention not in ATTENTIONS:
-            raise ValueError(f"Recipe: attention={self.attention!r} is none of None, {', '.join(ATTENTIONS)}")
-        if self.edge_blocks < 0:
-            raise ValueError(f"Recipe: edge_blocks is not negative, got {self.edge_blocks}")
-        if isinstance(self.keep, str) or not all(isinstance(name, str) for name in self.keep):
-            raise ValueError(f"Recipe: keep is a tuple of module names or patterns, got {self.keep!r}")
         if not (self.output or self.grad_input or self.grad_weight):
             raise ValueError("Recipe: none of output, grad_input, grad_weight is FP8; use precision='bf16'")
+
+    def _check_kinds(self) -> None:
+        for name in ("delayed", *_LETTERS.values(), "power_of_two", "head", "constant_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Recipe: {name} is True or False, and got {getattr(self, name)!r}")
+        for name in ("history", "margin", "edge_blocks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"Recipe: {name} is a whole number, and got {value!r}")
+
+    def _check_choices(self) -> None:
+        for name in ("forward", "gradient"):
+            if getattr(self, name) not in NAMES:
+                raise ValueError(
+                    f"Recipe: {name}={getattr(self, name)} is no FP8 dtype; "
+                    f"torch.float8_e4m3fn and torch.float8_e5m2 are"
+                )
+        for name, known in (("scaling", SCALINGS), ("accumulation", ACCUMULATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Recipe: {name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.attention is not None and self.attention not in ATTENTIONS:
+            raise ValueError(f"Recipe: attention={self.attention!r} is none of None, {', '.join(ATTENTIONS)}")
+        if not 1 <= self.history <= _HISTORY or not 0 <= self.margin <= 8:
+            raise ValueError(
+                f"Recipe: history is 1 to {_HISTORY} steps and margin 0 to 8 bits, "
+                f"got {self.history} and {self.margin}"
+            )
+        if self.edge_blocks < 0:
+            raise ValueError(f"Recipe: edge_blocks is not negative, got {self.edge_blocks}")
+
+    def current(self) -> Recipe:
+        """The same with scales of the tensor itself."""
+        return replace(self, delayed=False, history=_HISTORY, margin=_MARGIN)
 
     def token(self) -> str:
         """The recipe as one word, for instance "e4m3-e5m2-tensor-current-oiw-promote128-p2"."""
@@ -147,6 +169,13 @@ class Recipe:
             forward=dtypes[0], gradient=dtypes[1], scaling=scaling, delayed=history == "delayed",
             accumulation=accumulation, power_of_two=scales == "p2", **chosen,
         )  # fmt: skip
+
+
+def _names(keep: Any) -> tuple[str, ...]:
+    """A list will do for a tuple; one word would be taken for its letters."""
+    if not isinstance(keep, (tuple, list)) or not all(isinstance(name, str) for name in keep):
+        raise ValueError(f"Recipe: keep is a tuple of module names or patterns, got {keep!r}")
+    return tuple(keep)
 
 
 _E4M3 = torch.float8_e4m3fn

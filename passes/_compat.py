@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -171,10 +172,24 @@ def has_autocast_kernel(target: Any, device_type: str) -> bool:
 
 
 def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Compile a graph with Inductor; forward and backward, for the same inputs that Dynamo gave."""
+    """Compile a graph with Inductor; forward and backward, for the same inputs that Dynamo gave.
+
+    Inductor keeps what it compiled on disk, by the graph alone: code of an older version of ours would call
+    an op's inner parts with arguments that they no longer take.
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(inputs))  # type: ignore[return-value]
+    # A word for whoever loads exported code, and otherwise a part of the key alone: of the backward pass too,
+    # which is compiled in its first call.
+    patches = {"aot_inductor.metadata": {"fusekit": _signatures()}}
+    return compile_fx(module, list(inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+@functools.cache
+def _signatures() -> str:
+    """All of our ops' signatures, as one word."""
+    found = sorted(str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("fusekit::"))
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
 
 RECOMPILE_LIMIT = 64  # the default of 8 counts over all instances of a class: a ninth MLP would stay eager
@@ -245,7 +260,8 @@ def never_trace(function: Callable[..., Any]) -> None:
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a hook on optimizer steps: a compiled step breaks its graph there and runs it as it is."""
+    """For a hook on optimizer steps: a compiled step breaks its graph there and runs it as it is. And for
+    what is called from a function that `never_trace` names, which covers none of its callees."""
     return torch.compiler.disable(function)
 
 

@@ -5,6 +5,9 @@ state; a layer that is called twice gathers the larger amax of both. What moves 
 
   - an optimizer's step moves the slots of the weights it updates, and of frozen ones; not those of another
     optimizer, whose backward pass may be still to come (optimizers inside the backward pass, two of them);
+  - inside a backward pass frozen weights wait for the next forward pass: an activation checkpoint still reads
+    their scales, and gathers what they show, after the first of several such steps;
+  - FSDP2 runs a layer with one Parameter and gives the optimizer another, of the same name: both are known;
   - a step that a loss scaler skipped moves nothing: torch's fused optimizers carry the flag on the device,
     `fusekit.LossScaler` tells of the others;
   - forward passes without gradients, and those of `verify`, read scales and gather nothing;
@@ -19,16 +22,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fusekit.kernels.fp8_history import SLOTS, DelayedScales
 from fusekit.kernels.recipe import Recipe
 from fusekit.passes import _compat
+from fusekit.passes.delayed_weights import NamedWeights
 
 GRADIENT = 2  # of a triple: x, weight, gradient
 _live: WeakSet[ModelScales] = WeakSet()
@@ -43,15 +47,20 @@ class ModelScales:
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self._model, self._recipe = ref(model), recipe
-        self.names = [name for name, p in model.named_parameters() if p.ndim == 2]
+        self._weights = NamedWeights(model)
         self.group: torch.distributed.ProcessGroup | None = None
         self._state: DelayedScales | None = None
         self._loaded: Mapping[str, Any] | None = None  # read before the device was known
-        self._indices: dict[int, tuple[ReferenceType[Tensor], int]] = {}
         self._masks: WeakKeyDictionary[Optimizer, tuple[Any, bool, Tensor | None]] = WeakKeyDictionary()
         self._pauses = 0
         self._frozen: tuple[Tensor, Tensor] | None = None  # scale and amax while paused
+        self._late = False  # slots of frozen weights are still to be moved
         _live.add(self)
+
+    @property
+    def names(self) -> list[str]:
+        """The weights', in the order of their slots."""
+        return self._weights.names
 
     @property
     def paused(self) -> bool:
@@ -60,7 +69,9 @@ class ModelScales:
     def layer(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """scale and amax (3,) of the layer of this Parameter. What is written to amax counts only while
         gradients are recorded and nothing is paused. A weight that is not the model's has no history."""
-        state, index = self._on(weight.device), self._index(weight)
+        state, index = self._on(weight.device), self._weights.index(weight)
+        if self._late and not _in_backward():
+            self._move_late()
         if index is None:
             return self._nothing, self._scratch
         if self.paused:
@@ -111,11 +122,19 @@ class ModelScales:
         if takes:
             self.update(taken, skip)
 
+    def _move_late(self) -> None:
+        """Move the slots of frozen weights, as the steps inside the backward pass left it to do."""
+        self._late = False
+        frozen = tuple(_frozen(met) for met in self._weights.met())
+        self.update(self._mask(frozen))
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name, and the names of the weights they are of, in order."""
         if self._state is None:
             return dict(self._loaded) if self._loaded is not None else {"weights": list(self.names)}
-        return {"weights": list(self.names)} | {n: t.clone() for n, t in self._state.state_dict().items()}
+        late = {"late": True} if self._late else {}  # to be moved by all ranks, not by one that saves
+        tensors = {n: t.clone() for n, t in self._state.state_dict().items()}
+        return {"weights": list(self.names)} | late | tensors
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -123,6 +142,8 @@ class ModelScales:
         Raises:
             ValueError: it is of a model with other weights, or of another length of history.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"delayed scales are a dict of names, and got a {type(state).__name__}")
         if list(state.get("weights", ())) != self.names:
             differing = sorted(set(self.names) ^ set(state.get("weights", ())))
             raise ValueError(
@@ -132,7 +153,7 @@ class ModelScales:
             )
         if len(state) > 1:  # what does not fit raises here, and not in the first forward pass
             self._new("cpu").load_state_dict({k: v for k, v in state.items() if k != "weights"})
-        self._loaded = dict(state)
+        self._loaded, self._late = dict(state), bool(state.get("late"))
         model = self._model()
         if self._state is not None:
             self._fill(self._state)
@@ -163,22 +184,8 @@ class ModelScales:
                 self._nothing, self._scratch = (torch.zeros(SLOTS, device=device) for _ in range(2))
                 self._layers = [self._state.layer(i) for i in range(len(self.names))]
                 self._masks.clear()
-            self._find_weights()
+            self._weights.find()
         return self._state
-
-    def _index(self, weight: Tensor) -> int | None:
-        known = self._indices.get(id(weight))
-        if known is None or known[0]() is not weight:
-            self._find_weights()
-            known = self._indices.get(id(weight))
-        return None if known is None else known[1]
-
-    def _find_weights(self) -> None:
-        model = self._model()
-        named = {} if model is None else dict(model.named_parameters())
-        self._indices = {
-            id(named[name]): (ref(named[name]), i) for i, name in enumerate(self.names) if name in named
-        }
 
     def _taken(self, optimizer: Optimizer) -> tuple[bool, Tensor | None]:
         """Whether a step of this optimizer takes slots, and which; None: all."""
@@ -186,17 +193,37 @@ class ModelScales:
         if model is None or self._state is None:
             return False, None
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        weights: list[Tensor | None] = [None] * len(self.names)
-        for weight, i in self._indices.values():
-            weights[i] = weight()
-        takes = tuple(w is None or id(w) in own or not w.requires_grad for w in weights)
-        found = self._masks.get(optimizer)
+        found, late = self._masks.get(optimizer), _in_backward()
+        if found is not None and found[0][0] == len(own):
+            related = found[1]
+        else:
+            self._weights.find()
+            related = not own.isdisjoint(map(id, model.parameters()))
+        met = self._weights.met()
+        updated = [not ws or any(id(w) in own for w in ws) for ws in met]
+        frozen = [_frozen(ws) for ws in met]
+        takes = tuple(u or (f and not late) for u, f in zip(updated, frozen, strict=True))
         if found is None or found[0] != (len(own), takes):
-            related = any(takes) and not own.isdisjoint(map(id, model.parameters()))
-            mask = torch.tensor([t for t in takes for _ in range(SLOTS)], dtype=torch.int32)
-            kept = None if all(takes) else mask.to(self._state.scale.device)
-            found = self._masks[optimizer] = ((len(own), takes), related, kept)
-        return found[1:]
+            found = self._masks[optimizer] = ((len(own), takes), related, self._mask(takes))
+        self._late |= late and related and any(frozen)
+        return related and any(takes), found[2]
+
+    def _mask(self, takes: tuple[bool, ...]) -> Tensor | None:
+        """Of slots; None where all are taken."""
+        assert self._state is not None
+        if all(takes):
+            return None
+        mask = torch.tensor([t for t in takes for _ in range(SLOTS)], dtype=torch.int32)
+        return mask.to(self._state.scale.device)
+
+
+def _frozen(met: list[Tensor]) -> bool:
+    """Whether no optimizer of its own tells of a weight; of one that was replaced, the old or the new one."""
+    return any(not w.requires_grad for w in met)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def step_skipped(optimizer: Optimizer) -> None:
@@ -205,10 +232,24 @@ def step_skipped(optimizer: Optimizer) -> None:
         scales.stepped(optimizer, torch.ones(()))
 
 
+_within: WeakSet[Optimizer] = WeakSet()
+
+
+@_compat.untraced
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    """ZeroRedundancyOptimizer steps another in itself, with other weights on every rank: its own step, of all
+    of them, counts."""
+    if isinstance(inner := getattr(optimizer, "optim", None), Optimizer):
+        _within.add(inner)
+
+
 @_compat.untraced
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    if optimizer in _within:
+        return
     for scales in list(_live):
         scales.stepped(optimizer, getattr(optimizer, "found_inf", None))
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

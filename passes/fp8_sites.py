@@ -113,7 +113,8 @@ def _weight_shape(weight: Any) -> tuple[int, int]:
 
 
 def _is_output_layer(node: fx.Node) -> bool:
-    """No other layer follows, and what meets the result on its way is given or a number: targets, losses."""
+    """No other layer follows, and what meets the result on its way is given or a number: targets, losses.
+    What is returned beside it, as features, keys and values or another head's result, does not meet it."""
     after, pending = {node}, [node]
     while pending:
         for reader in pending.pop().users:
@@ -122,7 +123,8 @@ def _is_output_layer(node: fx.Node) -> bool:
             if reader not in after:
                 after.add(reader)
                 pending.append(reader)
-    others = {n for reader in after - {node} for n in reader.all_input_nodes} - after
+    readers = (reader for reader in after - {node} if reader.op != "output")
+    others = {n for reader in readers for n in reader.all_input_nodes} - after
     return len(after) > 1 and all(_is_number(n) or _is_given(n) for n in others)
 
 

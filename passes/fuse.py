@@ -115,7 +115,7 @@ class _Fuser:
         settings = self.region.settings
         assert settings.recipe is not None
         # Delayed scales come with the pass `quantise`, where the layer's weight has slots.
-        match.arguments["recipe"] = replace(settings.recipe, delayed=False).token()
+        match.arguments["recipe"] = settings.recipe.current().token()
         in_checkpoint = self.module is not self.region.module
         reason = why_kept(match, settings, in_checkpoint=in_checkpoint)
         if reason is None:

@@ -105,7 +105,7 @@ class _Body:
 def _operands(node: fx.Node, args: tuple[Any, ...]) -> _Layer:
     name = spell(node).name
     if "fusion" in node.meta or node.target is torch.ops.fusekit.linear_act.default:
-        x, weight, bias = args[:3]
+        x, weight, bias = (*args[:2], args[2] if len(args) > 2 else None)
         at = 3 if node.target is torch.ops.fusekit.linear_fp8.default else 4
         act = args[at] if len(args) > at else "none"
     elif name == "linear":

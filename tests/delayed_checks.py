@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,34 @@ from fusekit.session import session
 
 BF16 = torch.bfloat16
 SHORT = Recipe(delayed=True, history=3)
+RECIPE_OF_ALL = replace(SHORT, head=True)  # a block that is captured alone has an output layer
+
+
+class Block(nn.Module):
+    """With a forward of its own, so that it is captured behind hooks as well, as nn.Sequential is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.contract = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.contract(torch.relu(self.expand(x))))
+
+
+class OwnBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def own_blocks() -> OwnBlocks:
+    torch.manual_seed(0)
+    return OwnBlocks()
 
 
 def made(precision: Any = "fp8-delayed", checkpointed: bool = False, **settings: Any) -> Blocks:

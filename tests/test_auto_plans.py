@@ -92,6 +92,8 @@ def test_a_plan_of_another_model_or_a_damaged_one_is_refused(
         fusekit.optimize(gpt(tied=False), precision=path)
     with pytest.raises(ValueError, match="cannot be read"):
         fusekit.optimize(model, precision=str(tmp_path / "missing.json"))
+    with pytest.raises(ValueError, match="the path of one, and got a dict"):
+        fusekit.optimize(model, precision=AutoPrecision(plan={"layers": {}}))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,9 @@ def test_a_plan_of_another_model_or_a_damaged_one_is_refused(
         ({"mode": "calibrate", "plan": "x.json"}, "makes a plan and takes none"),
         ({"keep": "head"}, "keep is a tuple"),
         ({"edge_blocks": -1}, "not negative"),
+        ({"guard": "no"}, "guard is True or False"),
+        ({"emulate": 1}, "emulate is True or False"),
+        ({"history": 8}, "use delayed=True"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(arguments: dict[str, Any], words: str) -> None:
@@ -157,8 +162,9 @@ def test_a_state_goes_on_where_it_was_and_is_refused_elsewhere() -> None:
     fusekit.optimize(other, precision=config)
     with pytest.raises(ValueError, match="another model"):
         fusekit.auto_precision(other).load_state_dict(state)
-    with pytest.raises(ValueError, match="no state of precision"):
-        fusekit.auto_precision(other).load_state_dict({"scale": 1.0})
+    for wrong in ({"scale": 1.0}, {"plan": state["plan"]}, None):
+        with pytest.raises(ValueError, match="no state of precision"):
+            fusekit.auto_precision(other).load_state_dict(wrong)
     fusekit.optimize(other, precision="bf16")
     with pytest.raises(ValueError, match="decides nothing"):
         fusekit.auto_precision(other)

@@ -154,10 +154,11 @@ def test_an_optimizer_of_another_model_ends_no_step() -> None:
 
 
 def test_a_cpu_without_16_bit_products_is_sampled_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There linears become linear_act after fusing, and others are widened."""
+    """There linears become linear_act after fusing, those without a bias too, and others are widened."""
     for place in ("kernels.linear_cpu", "passes.lowering", "kernels.precision_statistics", "passes.cost"):
         monkeypatch.setattr(f"fusekit.{place}.multiplies", lambda dtype: dtype == torch.float32)
     model = planted()
+    model.blocks[0].attention.project = nn.Linear(32, 32, bias=False)
     fusekit.optimize(model, precision=AutoPrecision(every=1, calibration=2))
     train(model, 3)
     found = levels(model)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -281,6 +283,27 @@ def test_inductor_runs_the_remainder_and_agrees() -> None:
     assert session(model).regions[0].region.notes == []
     for want, got in zip(eager.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_code_that_inductor_kept_of_other_signatures_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, fresh_inductor_cache: None
+) -> None:
+    x, kept = torch.randn(2, 5, 16), []
+    for signatures in ("old", "old", "new"):
+        monkeypatch.setattr("fusekit.passes._compat._signatures", lambda word=signatures: word)
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        fusekit.optimize(OwnBackward(), fuse="none", remainder="inductor")(x).sum().backward()
+        found = counters["inductor"]
+        kept.append((found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]))
+    assert kept == [(0, 2), (2, 0), (0, 2)]  # forward and backward
+
+
+@pytest.fixture
+def fresh_inductor_cache() -> Iterator[None]:
+    with fresh_cache():
+        yield
 
 
 def test_a_rebuilt_region_is_what_dynamo_calls_next() -> None:

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from delayed_checks import BF16, SHORT, batches, loss_of, made, same, slots, state, train, weights
+from delayed_checks import (
+    BF16,
+    RECIPE_OF_ALL,
+    SHORT,
+    batches,
+    loss_of,
+    made,
+    own_blocks,
+    same,
+    slots,
+    state,
+    train,
+    weights,
+)
 from rank_checks import outputs_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -38,12 +51,9 @@ def test_each_optimizer_moves_the_weights_it_updates() -> None:
     assert not state(model)["amax"].any()
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_optimizers_inside_the_backward_pass(checkpointed: bool) -> None:
-    """A weight's slots move when its own gradient is there: recomputed passes still find their scales."""
-    usual, inside = made(SHORT, checkpointed), made(SHORT, checkpointed)
-    train(usual, batches(4))
-    for p in inside.parameters():
+def _step_inside(model: nn.Module) -> None:
+    """An optimizer for each parameter, that steps when its gradient is there."""
+    for p in (p for p in model.parameters() if p.requires_grad):
         optimizer = torch.optim.SGD([p], lr=0.1)
 
         def step(p: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
@@ -51,9 +61,38 @@ def test_optimizers_inside_the_backward_pass(checkpointed: bool) -> None:
             optimizer.zero_grad()
 
         p.register_post_accumulate_grad_hook(step)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_optimizers_inside_the_backward_pass(checkpointed: bool) -> None:
+    """A weight's slots move when its own gradient is there: recomputed passes still find their scales."""
+    usual, inside = made(SHORT, checkpointed), made(SHORT, checkpointed)
+    train(usual, batches(4))
+    _step_inside(inside)
     for x in batches(4):
         loss_of(inside, x).backward()
     assert same(weights(usual) | state(usual), weights(inside) | state(inside))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_frozen_weights_and_optimizers_inside_the_backward_pass(stops: bool) -> None:
+    """Of several steps in one backward pass none moves what a checkpoint's second pass still reads."""
+    usual, inside = (made(SHORT, checkpointed=True) for _ in range(2))
+    for model in (usual, inside):
+        model.blocks[0].requires_grad_(False)
+        model.blocks[1][0].weight.requires_grad_(False)
+    xs = [x.requires_grad_() for x in batches(5)]  # so that the first block's layers have gradients
+    train(usual, xs[:4], torch.optim.SGD([p for p in usual.parameters() if p.requires_grad], lr=0.1))
+    _step_inside(inside)
+    for x in xs[:4]:
+        if stops:  # a checkpoint between the backward pass and the next forward pass
+            saved = fusekit.precision_state(inside).state_dict()
+            fusekit.precision_state(inside).load_state_dict(copy.deepcopy(saved))
+        loss_of(inside, x).backward()
+    assert same(weights(usual), weights(inside))
+    with torch.no_grad():
+        inside(xs[4])
+    assert same(state(usual), state(inside))
 
 
 def test_a_compiled_optimizer_step() -> None:
@@ -178,6 +217,60 @@ def test_ranks_agree_on_scales(by_hand: bool, tmp_path: Path) -> None:
     assert same(first, second)
     largest = max(float((x * 4).to(BF16).abs().max()) for x in batches(2))
     assert first["history"].max() == largest  # the other rank's
+
+
+SHARDED_STATES = """
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from delayed_checks import SHORT, batches, made, state, train, weights
+folder = arguments[0]
+model = made(SHORT)
+parallel = nn.parallel.DistributedDataParallel(model)
+optimizer = ZeroRedundancyOptimizer(parallel.parameters(), torch.optim.SGD, lr=0.1)
+train(parallel, [x * (1 + 3 * rank) for x in batches(2)], optimizer)
+torch.save(weights(model) | state(model), f"{folder}/{rank}.pt")
+"""
+
+
+def test_an_optimizer_that_shards_its_states_is_one_step(tmp_path: Path) -> None:
+    """It steps another one in itself, with other weights on each rank."""
+    outputs_of(SHARDED_STATES, tmp_path, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert same(first, second)
+    assert first["cursor"].tolist() == [0] * 3 + [2] * 12  # the output layer is first
+
+
+SHARDED = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import fusekit
+from delayed_checks import RECIPE_OF_ALL, batches, own_blocks, state, train
+folder, first, reshards = arguments
+mesh = init_device_mesh("cpu", (2,))
+model = own_blocks()
+if first == "optimise":
+    fusekit.optimize(model, precision=RECIPE_OF_ALL)
+for module in (*model.blocks, model):
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshards == "True")
+if first == "shard":
+    fusekit.optimize(model, precision=RECIPE_OF_ALL)
+fusekit.precision_state(model).agree_within(dist.group.WORLD)
+train(model, batches(2))
+torch.save(state(model), f"{folder}/{rank}.pt")
+"""
+
+
+@pytest.mark.parametrize(("first", "reshards"), [("optimise", True), ("shard", True), ("shard", False)])
+def test_sharded_weights_have_moving_histories(first: str, reshards: bool, tmp_path: Path) -> None:
+    """FSDP2's optimizers update other Parameters than those that the layers run with. Both ranks have the
+    same batch, so the numbers are those of one process."""
+    outputs_of(SHARDED, tmp_path, str(tmp_path), first, str(reshards))
+    alone = fusekit.optimize(own_blocks(), precision=RECIPE_OF_ALL)
+    train(alone, batches(2))
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["cursor"].tolist() == [2] * 12
+        assert same(found, state(alone))
 
 
 def test_the_preset_and_bad_numbers() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusekit.kernels import fp8_cpu, fp8_format
 from fusekit.kernels.fp8_exact import exact_product
@@ -173,6 +173,32 @@ def test_exact_products_do_not_depend_on_the_order_of_sums(spread: float) -> Non
         assert exact[row, 3].item() == float(total)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_exact_products_of_zeros_and_of_nan(value: float) -> None:
+    a, b = torch.full((24, 32), value), torch.ones(32, 20)
+    assert torch.equal(exact_product(a, b).nan_to_num(7.0), (a @ b).double().nan_to_num(7.0))
+    layer = nn.Linear(32, 32)
+    x = torch.full((4, 32), value, dtype=torch.bfloat16, requires_grad=True)
+    recipe = Recipe(accumulation="exact").token()
+    y = torch.ops.fusekit.linear_fp8(x, layer.weight, None, "none", recipe)
+    y.sum().backward()
+    assert bool(y.isnan().all()) == (value != value)
+    assert torch.equal(layer.weight.grad.nan_to_num(7.0), torch.full((32, 32), value).nan_to_num(7.0))
+
+
+def test_exact_products_of_the_largest_numbers() -> None:
+    a = torch.full((4, 32), 1.75 * 2.0**127)
+    assert torch.equal(exact_product(a, torch.ones(32, 3)), a.double() @ torch.ones(32, 3).double())
+    a[1, 3] = torch.inf
+    assert exact_product(a, torch.ones(32, 3)).isinf().all(1).tolist() == [False, True, False, False]
+
+
+def test_a_recipe_of_a_list_is_one_of_a_tuple() -> None:
+    assert hash(Recipe(keep=["a"])) == hash(Recipe(keep=("a",)))  # type: ignore[arg-type]
+    short = Recipe(delayed=True, history=7, margin=1, head=True)
+    assert short.current() == Recipe(head=True)
+
+
 def test_recipes_travel_as_words() -> None:
     for name, recipe in PRESETS.items():
         assert Recipe.parse(recipe.token()) == recipe == Recipe.parse(name)
@@ -194,6 +220,16 @@ def test_recipes_travel_as_words() -> None:
         ({"scaling": "mx"}, "known to diverge"),
         ({"accumulation": "exact", "power_of_two": False}, "no format holds"),
         ({"output": False, "grad_input": False, "grad_weight": False}, "precision='bf16'"),
+        ({"history": 16}, "use delayed=True"),
+        ({"margin": 1}, "use delayed=True"),
+        ({"delayed": True, "history": 2.5}, "history is a whole number, and got 2.5"),
+        ({"delayed": True, "margin": "1"}, "margin is a whole number, and got '1'"),
+        ({"edge_blocks": True}, "edge_blocks is a whole number, and got True"),
+        ({"delayed": "no"}, "delayed is True or False, and got 'no'"),
+        ({"grad_weight": "bf16"}, "grad_weight is True or False, and got 'bf16'"),
+        ({"keep": None}, "keep is a tuple"),
+        ({"keep": "head"}, "keep is a tuple"),
+        ({"keep": (1,)}, "keep is a tuple"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(fields, sentence: str) -> None:

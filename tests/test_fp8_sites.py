@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,16 +72,18 @@ def test_a_gpts_blocks_are_cast_and_its_head_is_not() -> None:
 
 def test_a_sequential_is_the_op_called_by_hand() -> None:
     """Outputs and gradients bit for bit: the right layer reads the right weight."""
-    model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8))
+    model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 32))
     by_hand, x = copy.deepcopy(model), torch.randn(6, 32)
-    token = PRESETS["fp8-rowwise"].token()
-    y = run(model, x, precision="fp8-rowwise")
+    recipe = replace(PRESETS["fp8-rowwise"], head=True)  # how one in bfloat16 is computed is the processor's
+    y = run(model, x, precision=recipe)
     y.square().sum().backward()
-    h = torch.ops.fusekit.linear_fp8(x.to(BF16), by_hand[0].weight, by_hand[0].bias.to(BF16), "gelu", token)
-    h = torch.ops.fusekit.linear_fp8(h, by_hand[2].weight, by_hand[2].bias.to(BF16), "relu", token)
-    z = F.linear(h, by_hand[4].weight.to(BF16), by_hand[4].bias.to(BF16)).float()
+    h = x.to(BF16)
+    for i, act in ((0, "gelu"), (2, "relu"), (4, "none")):
+        weight, bias = by_hand[i].weight, by_hand[i].bias.to(BF16)
+        h = torch.ops.fusekit.linear_fp8(h, weight, bias, act, recipe.token())
+    z = h.float()
     z.square().sum().backward()
-    assert torch.equal(y, z) and len(layers(model)) == 2
+    assert torch.equal(y, z) and len(layers(model)) == 3
     for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
 
@@ -90,15 +93,14 @@ def test_a_sequential_is_the_op_called_by_hand() -> None:
     [
         ("gpt2", 4, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}),
         ("llama", 7, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                      "num_attention_heads": 2, "num_key_value_heads": 2}),
+                      "num_attention_heads": 2, "num_key_value_heads": 2, "use_cache": True}),
         ("bert", 6, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
                      "num_attention_heads": 2}),
     ],
 )  # fmt: skip
 def test_transformers_layers_are_found(kind: str, layers_of_a_block: int, sizes: dict[str, int]) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(kind, vocab_size=64, **sizes)
-    config.update({"use_cache": False})
+    config = transformers.AutoConfig.for_model(kind, vocab_size=64, **({"use_cache": False} | sizes))
     head = transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
     model = head.from_config(config, attn_implementation="sdpa").eval()
     x = tokens()
@@ -154,6 +156,28 @@ def test_every_head_of_a_sum_of_losses_stays_and_batches_may_vary() -> None:
     graphs = fusekit.explain(model).graphs
     assert graphs == 2  # the second is for every size
     assert len(layers(model)) == graphs and len(kept(model)) == 2 * graphs
+
+
+class Results(nn.Module):
+    """Logits beside features and another head's result; `by_loss`: its loss beside them."""
+
+    def __init__(self, by_loss: bool) -> None:
+        super().__init__()
+        self.by_loss, self.body = by_loss, nn.Linear(32, 32)
+        self.logits, self.value = nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = torch.relu(self.body(x))
+        logits, value = self.logits(h), self.value(h)
+        return (logits.logsumexp(-1).mean() if self.by_loss else logits), value.tanh(), h
+
+
+@pytest.mark.parametrize("by_loss", [False, True])
+def test_what_is_returned_beside_a_heads_result_makes_it_no_inner_layer(by_loss: bool) -> None:
+    model = Results(by_loss)
+    sum(result.sum() for result in run(model, torch.randn(5, 32))).backward()
+    assert [n.meta["val"].shape[-1] for n in layers(model)] == [32]  # the body
+    assert len(kept(model)) == 2 and all("an output layer" in reason for reason in kept(model))
 
 
 def test_sizes_that_fp8_cannot_take_stay_with_the_reason_and_fuse_in_bf16() -> None:

@@ -265,6 +265,8 @@ def test_fp16_gradients_are_refused_where_they_would_be_divided() -> None:
         ({"growth_factor": 1.0}, "growth_factor is above 1"),
         ({"backoff_factor": 1.0}, "backoff_factor is between"),
         ({"growth_interval": 0}, "growth_interval is at least 1"),
+        ({"growth_interval": 2.5}, "growth_interval is at least 1"),
+        ({"init_scale": "65536"}, "init_scale is a number, got '65536'"),
         ({"init_scale": 2.0**25}, "the scale lies between floor"),
         ({"init_scale": float("nan")}, "the scale lies between floor"),
         ({"floor": 0.0}, "the scale lies between floor"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from auto_checks import gpt, tokens
 from torch import Tensor, nn
 
 import fusekit
@@ -374,6 +375,7 @@ def test_own_autograd_function_is_captured_in_low_precision() -> None:
     ("options", "sentence"),
     [
         ({"precision": "bfloat16"}, "did you mean 'bf16'"),
+        ({"precision": torch.float16}, "did you mean 'fp16'"),
         ({"precision": 16}, "precision is one of"),
         ({"fuse": ["atention"]}, "an op in fuse is one of"),
         ({"fuse": 3}, "names of ops"),
@@ -404,3 +406,18 @@ def test_models_that_cannot_be_optimised_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         fusekit.optimize(model, **options)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8-delayed"])
+def test_a_torch_compile_around_the_model_changes_no_bit(precision: str) -> None:
+    """Dynamo meets our bookkeeping then, and would trace it."""
+    found = []
+    for around in (False, True):
+        torch._dynamo.reset()
+        model, x = gpt(), tokens()
+        fusekit.optimize(model, precision=precision)
+        call = torch.compile(model, backend="eager") if around else model
+        call(x, x)[1].backward()
+        assert fusekit.explain(model).fused
+        found.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
