@@ -192,14 +192,15 @@ def _replace_mask(match: Match, found: Mask) -> None:
 def _unfold_repeated_heads(match: Match) -> None:
     """Take k and v as they were before their heads were repeated, where both were, equally often."""
     k, v = match.arguments["k"], match.arguments["v"]
-    sources = _before_repeat(k), _before_repeat(v)
-    if sources[0] is None or sources[1] is None or sources[0][1] != sources[1][1]:
+    keys, values = _before_repeat(k), _before_repeat(v)
+    if keys is None or values is None or keys[1] != values[1]:
         return
-    for name, repeated, (source, _) in (("k", k, sources[0]), ("v", v, sources[1])):
+    for node, (name, _) in list(match.stands_for.items()):
+        if name in ("k", "v"):  # as they were repeated, or the transpose of that
+            del match.stands_for[node]
+    for name, source in (("k", keys[0]), ("v", values[0])):
         match.arguments[name] = source
-        match.stands_for.pop(repeated, None)
-    for name in ("k", "v"):
-        match.stands_for[match.arguments[name]] = (name, None)
+        match.stands_for[source] = (name, None)
 
 
 def _before_repeat(node: Any) -> tuple[fx.Node, int] | None:
