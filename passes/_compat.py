@@ -128,12 +128,16 @@ def trace_body(run: Callable[..., Any], args: Sequence[Any]) -> tuple[Graph, Any
 def record_call(target: Callable[..., Any], args: tuple, kwargs: dict[str, Any], outputs: Any = None) -> Any:
     """Put one opaque call into the graph being traced; submodules among `args` are registered on its root.
 
-    outputs: the fake results; computed by running `target` untraced when None.
+    outputs: the fake results; computed by running `target` untraced when None. Where nothing is traced, as
+    around the bodies of checkpoints that `trace_body` runs for their outputs, the results are all there is.
     """
-    tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
     if outputs is None:
         with disable_proxy_modes_tracing(), _temp_remove_pre_dispatch_torch_function_mode():
             outputs = target(*args, **kwargs)
+    mode: Any = get_proxy_mode()
+    if mode is None:
+        return outputs
+    tracer = mode.tracer
 
     def proxy(value: Any) -> Any:
         if isinstance(value, torch.nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fusekit.kernels import FP8_OPS, OPS
 from fusekit.passes import fp8_attention
 from fusekit.passes.canonicalise import bodies, location
+from fusekit.passes.checkpoint_masks import lift_masks, sink_masks
 from fusekit.passes.cost import hint
 from fusekit.passes.fp8_sites import (
     around,
@@ -52,8 +53,10 @@ STAYS = "stays in high precision: "
 def fuse(region: Region) -> None:
     """Rewrite the region's graph and the bodies of its checkpoints."""
     sites: dict[str, int] = defaultdict(int)
+    sink_masks(region)
     for module in bodies(region.module):
         _Fuser(region, module, sites).run()
+    lift_masks(region)
     if region.settings.strict:
         refuse_leftovers(region)
 

@@ -91,7 +91,7 @@ class Rewriter:
         replaced = set(match.nodes)
         while pending:
             node = pending.pop(0)
-            if node in self.gone or node.users or (node not in replaced and not _is_disposable(node)):
+            if node in self.gone or node.users or (node not in replaced and not is_disposable(node)):
                 continue
             inputs = node.all_input_nodes
             self.graph.erase_node(node)
@@ -100,7 +100,7 @@ class Rewriter:
         assert replaced <= self.gone, f"{match.rule.source} left {replaced - self.gone} behind"
 
 
-def _is_disposable(node: fx.Node) -> bool:
+def is_disposable(node: fx.Node) -> bool:
     """Left without readers by a fusion, it may go: no effect, nothing random, not an input."""
     if (
         node.op != "call_function"
