@@ -27,6 +27,7 @@ class Rewriter:
     def __init__(self, graph: fx.Graph, ops: dict[str, Op]) -> None:
         self.graph, self.ops = graph, ops
         self.gone: set[fx.Node] = set()
+        self.made: dict[tuple[str, Any], fx.Node] = {}
         self.seed: fx.Node | None = None
         self.seeded = 0
 
@@ -70,8 +71,14 @@ class Rewriter:
         if not isinstance(argument, New):
             return argument
         args = tuple(self.materialise(arg, match, before) for arg in argument.args)
+        # Slopes and masks serve all layers; where nothing is written between two sites, one node does.
+        key = f"{argument.target}{args}", match.root.meta.get("region")
+        made = self.made.get(key)
+        if made is not None and made not in self.gone and made < before:
+            return made
         node = self.graph.call_function(argument.target, args)
         _describe_node(node, match.root, value_in(argument, match.root))
+        self.made[key] = node
         return node
 
     def seed_node(self, match: Match, before: fx.Node) -> fx.Node:

@@ -41,7 +41,10 @@ def capture(model: Any, *args: Any, dynamic: bool | None = None, **kwargs: Any) 
 
     def backend(module: Any, example_inputs: Any) -> Any:
         region = Region(
-            module=copy_graph(canonicalise(module, example_inputs)), settings=settings, config=config
+            module=copy_graph(canonicalise(module, example_inputs)),
+            settings=settings,
+            config=config,
+            training=torch.is_grad_enabled(),
         )
         before = Snapshot(region)
         normalise(region)

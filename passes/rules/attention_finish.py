@@ -27,6 +27,7 @@ from fusekit.passes.pattern import SEED, Match, New
 from fusekit.passes.spelling import spell, value_of
 
 LOWEST = -3e4  # what a model fills in for "forbidden": finfo(float16).min is -65504, many write -1e9
+SWALLOWS = -1e30  # added to it, no score below 1e22 is left: finfo.min of float32 and bfloat16
 
 aten = torch.ops.aten
 
@@ -74,6 +75,9 @@ def _take_boolean(match: Match) -> str | None:
     else:
         found = recover(mask)
     if fill != -math.inf and not found.leaves_a_key(value_of(node).shape):
+        if not match.training and fill <= SWALLOWS:
+            _add_filling(match, fill)
+            return None
         return f"masked with {fill:g}, not -inf: where a whole row is forbidden, eager shares it out evenly"
     if fill > LOWEST:
         return f"masked with {fill:g}, which a score can come near to"
@@ -85,6 +89,18 @@ def _take_boolean(match: Match) -> str | None:
     if isinstance(rest, fx.Node):
         match.stands_for[rest] = ("mask", None)
     return None
+
+
+def _add_filling(match: Match, fill: float) -> None:
+    """What fills, added: a sum with so low a number is that number, so a row without keys is shared out as in
+    eager. Only its gradient would be another, that of the scores below."""
+    mask = match.arguments["mask"]
+    node = mask.args[0] if isinstance(mask, New) else mask
+    forbidden = New(aten.eq.Scalar, (node, 0))
+    if isinstance(mask, New):
+        forbidden = New(aten.ne.Scalar, (node, 0))
+    match.arguments["mask"] = New(aten.mul.Scalar, (New(aten.to.dtype, (forbidden, torch.float32)), fill))
+    match.stands_for.pop(node, None)
 
 
 def _whole(allowed: Predicate | None) -> Mask | None:
@@ -121,7 +137,8 @@ def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> 
     ):  # beside a sink a row's constant counts
         return False
     furthest = given.get("offset", 0) if given.get("causal") and not given.get("global_ahead") else None
-    found = alibi_of(bias, furthest if isinstance(furthest, int) else None, index)
+    precision = value_of(given["q"]).dtype
+    found = alibi_of(bias, furthest if isinstance(furthest, int) else None, precision, index)
     if found is None:
         return False
     match.stands_for.pop(bias, None)
@@ -164,6 +181,22 @@ def finish_added_and_filled(match: Match) -> str | None:
         match.arguments["mask"] = kept
     elif match.arguments["mask"] is not None:
         match.stands_for[bias] = ("mask", None)
+    return finish(match)
+
+
+def finish_scaled_bias(match: Match) -> str | None:
+    """(products + bias) * scale + mask, as Falcon: a bias of each key beside causal is one row of a mask."""
+    bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
+    if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
+        return "what is added to the scores is no floating point mask"
+    match.stands_for.pop(bias, None)
+    precise = New(aten.to.dtype, (bias, torch.float32))
+    scaled = New(aten.mul.Scalar, (precise, match.arguments["scale"]))
+    found = split_additive(mask, LOWEST) or Mask(False, mask)
+    _replace_mask(match, found)
+    match.stands_for.pop(found.rest, None)
+    rest: Any = found.rest
+    match.arguments["mask"] = scaled if rest is None else New(aten.add.Tensor, (scaled, rest))
     return finish(match)
 
 
