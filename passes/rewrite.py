@@ -68,6 +68,8 @@ class Rewriter:
         if argument is SEED:
             self.seeded += 1
             return self.seed_node(match, before)
+        if isinstance(argument, list):
+            return [self.materialise(inner, match, before) for inner in argument]
         if not isinstance(argument, New):
             return argument
         args = tuple(self.materialise(arg, match, before) for arg in argument.args)

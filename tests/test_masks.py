@@ -44,6 +44,8 @@ def _value(graph: fx.GraphModule, found: Any, *inputs: Tensor) -> Tensor:
     """The value of an inner node, or of one to be made of it."""
     if isinstance(found, New):
         return found.target(*(_value(graph, x, *inputs) for x in found.args))
+    if isinstance(found, list):
+        return [_value(graph, x, *inputs) for x in found]
     return _run(graph, found, *inputs) if isinstance(found, fx.Node) else found
 
 

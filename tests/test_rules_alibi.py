@@ -215,18 +215,3 @@ def test_packed_sequences(implementation: str) -> None:
     assert len(found) == 2, reasons(regions)
     for given in found:
         assert given["documents"] is not None and given["causal"] and given["mask"] is None
-
-
-def test_chunks() -> None:
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
-
-    torch.manual_seed(0)
-    config = Llama4TextConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, attention_chunk_size=4, num_local_experts=2,
-        use_cache=False, moe_layers=[], pad_token_id=0,
-    )  # fmt: skip
-    _, regions = capture(Llama4ForCausalLM(config), IDS)
-    found = attentions(regions)
-    assert found and any(given["documents"] is not None for given in found), reasons(regions)
-    assert all(given["causal"] and given["mask"] is None for given in found)
