@@ -21,7 +21,7 @@ from fusekit.passes.index_arithmetic import is_written
 from fusekit.passes.normalise import is_mutation, memory
 from fusekit.passes.region import Region
 from fusekit.passes.replaced import MOST_NODES
-from fusekit.passes.rewrite import is_disposable
+from fusekit.passes.rewrite import erase_unread
 from fusekit.passes.spelling import spell, value_of
 
 # From the softmax back to masks and biases; a matmul ends the way.
@@ -206,10 +206,4 @@ def _drop_unread(call: fx.Node, placeholders: list[fx.Node]) -> None:
     for own in unread:
         own.graph.erase_node(own)
     call.args = (call.args[0], *kept)
-    nodes = sorted({node for node in pending if isinstance(node, fx.Node)})
-    while nodes:
-        node = nodes.pop()
-        if not node.users and is_disposable(node):
-            inputs = set(node.all_input_nodes)
-            node.graph.erase_node(node)
-            nodes = sorted({*nodes, *inputs})
+    erase_unread(node for node in pending if isinstance(node, fx.Node))

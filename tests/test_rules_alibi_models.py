@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rule_checks import Functional, calls, capture, check, reasons, sites
-from test_rules_alibi import QKV, SLOPES, Spelling, T, _attend, _causal, _distance, _scores, attentions
+from test_rules_alibi import QKV, SLOPES, D, H, Spelling, T, _attend, _causal, _distance, _scores, attentions
 from torch import Tensor, nn
 
 INF = math.inf
@@ -204,3 +205,47 @@ def test_a_coarser_rounding_keeps_the_bias(name: str) -> None:
     regions = check(Functional((ROUNDED | NOT_ROUNDED)[name], *QKV), SLOPES * 1.01)
     (given,) = attentions(regions)
     assert (given["slopes"] is None) == (name in ROUNDED) == (given["mask"] is not None)
+
+
+class Learned(nn.Module):
+    """ALiBi with slopes that are trained, written out or through F.scaled_dot_product_attention."""
+
+    def __init__(self, called: bool, absolute: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.called, self.absolute = called, absolute
+        self.qkv = nn.Linear(D * H, 3 * D * H)
+        self.slopes = nn.Parameter(SLOPES.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        distance = -_distance().abs() if self.absolute else _distance()
+        bias = self.slopes[:, None, None] * distance
+        if self.called:
+            return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(~_causal(), -INF))
+        return _attend((_scores(q, k) + bias).masked_fill(~_causal(), -INF), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("called", [False, True])
+def test_learned_slopes_are_fused_with_their_gradient(
+    called: bool, absolute: bool, dtype: torch.dtype
+) -> None:
+    """As an additive mask, beside causal where no row can be left without a key."""
+    model = Learned(called, absolute).to(dtype)
+    twin, truth = copy.deepcopy(model), copy.deepcopy(model).double()
+    x = torch.randn(2, T, H * D, dtype=dtype)
+    direction = torch.randn(2, H, T, D)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for each, given in ((model, x), (truth, x.double())):
+            each(given).backward(direction.to(given.dtype))
+    result, regions = capture(twin, x)
+    result.backward(direction.to(dtype))
+    (given_,) = attentions(regions)
+    assert given_["slopes"] is None and given_["mask"] is not None and given_["causal"]
+    for (name, wanted), eager, fused in zip(
+        truth.named_parameters(), model.parameters(), twin.parameters(), strict=True
+    ):
+        errors = [float((p.grad.double() - wanted.grad).norm() / wanted.grad.norm()) for p in (fused, eager)]
+        assert errors[0] <= 1.5 * errors[1] + torch.finfo(dtype).eps, (name, errors)

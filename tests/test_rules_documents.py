@@ -11,6 +11,10 @@ from rule_checks import Functional, calls, capture, check, reasons
 from test_rules_alibi import IDS, QKV, attentions
 from torch import Tensor, nn
 
+import fusekit
+from fusekit.passes import price
+from fusekit.session import session
+
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2]]).expand(2, -1)
 
 
@@ -68,3 +72,18 @@ def test_what_is_padded_on_both_sides(attend: Callable[..., Tensor]) -> None:
     assert given["documents"] is not None and given["key_documents"] is not None
     dense = given["mask"] is not None and given["mask"].meta["val"].shape[-2] > 1
     assert not dense
+
+
+def test_sites_that_are_put_back_share_their_masks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(price, "LEAST_GAIN", 1e9)
+    expected = llama4()(IDS, position_ids=PACKED).logits
+    model = fusekit.optimize(llama4())
+    torch.testing.assert_close(model(IDS, position_ids=PACKED).logits, expected)
+    report = fusekit.explain(model)
+    assert not report.fused and not report.notes
+    regions = [captured.region for captured in session(model).regions]
+    alone = fusekit.optimize(llama4(), fuse="none")
+    alone(IDS, position_ids=PACKED)
+    as_it_was = [captured.region for captured in session(alone).regions]
+    assert calls(regions, "cumsum") <= calls(as_it_was, "cumsum")  # not once a layer
+    assert not calls(regions, "sort") and not calls(regions, "searchsorted")  # made for the op alone

@@ -14,6 +14,7 @@ from fusekit.kernels.launch import on_gpu
 from fusekit.passes.affine import Index, Predicate
 from fusekit.passes.alibi import alibi_of, heads_apart
 from fusekit.passes.bands import band_of, is_band
+from fusekit.passes.fused_call import value_in
 from fusekit.passes.masks import (
     Mask,
     from_band,
@@ -147,7 +148,7 @@ def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> 
 
 
 def finish_added_twice(match: Match) -> str | None:
-    """(scores + bias) + mask: one of the two is causal or a window, or ALiBi; the other stays a tensor."""
+    """(scores + bias) + mask: one of the two may be causal, a window or ALiBi; what is left is one mask."""
     bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
     if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
         return "what is added to the scores is no floating point mask"
@@ -162,11 +163,18 @@ def finish_added_twice(match: Match) -> str | None:
         if take_alibi(match):
             _replace_mask(match, Mask(False, other))
             return finish(match)
-    return "two masks are added to the scores, and neither is causal, a window or ALiBi and nothing else"
+    match.arguments["mask"] = _sum(bias, mask)
+    match.stands_for.pop(mask, None)
+    return finish(match)
+
+
+def _sum(bias: Any, mask: Any) -> New:
+    """In float32, as the op adds them."""
+    return New(aten.add.Tensor, (New(aten.to.dtype, (bias, torch.float32)), mask))
 
 
 def finish_added_and_filled(match: Match) -> str | None:
-    """(scores + bias) filled where a boolean mask forbids, as MPT: one of them is no tensor."""
+    """(scores + bias) filled where a mask forbids, as MPT; what is no ALiBi and no band is one mask."""
     bias = match.arguments.pop("bias")
     if isinstance(bias, New) or not value_of(bias).is_floating_point():
         return "what is added to the scores is no floating point mask"
@@ -175,13 +183,21 @@ def finish_added_and_filled(match: Match) -> str | None:
         return reason
     kept = match.arguments["mask"]
     match.arguments["mask"] = bias
-    if not take_alibi(match) and kept is not None:
-        return "a bias is added to the scores beside a mask, and neither is index arithmetic alone"
-    if kept is not None:
+    if take_alibi(match):
         match.arguments["mask"] = kept
+    elif kept is not None:
+        match.arguments["mask"] = _filled(bias, kept, match)
+        match.stands_for = {node: made for node, made in match.stands_for.items() if made[0] != "mask"}
     elif match.arguments["mask"] is not None:
         match.stands_for[bias] = ("mask", None)
     return finish(match)
+
+
+def _filled(bias: fx.Node, kept: Any, match: Match) -> New:
+    if value_in(kept, match.root).dtype != torch.bool:  # what fills, to be added
+        return _sum(bias, kept)
+    precise = New(aten.to.dtype, (bias, torch.float32))
+    return New(aten.masked_fill.Scalar, (precise, New(aten.logical_not.default, (kept,)), -math.inf))
 
 
 def finish_scaled_bias(match: Match) -> str | None:
@@ -190,13 +206,12 @@ def finish_scaled_bias(match: Match) -> str | None:
     if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
         return "what is added to the scores is no floating point mask"
     match.stands_for.pop(bias, None)
-    precise = New(aten.to.dtype, (bias, torch.float32))
-    scaled = New(aten.mul.Scalar, (precise, match.arguments["scale"]))
+    scaled = New(aten.mul.Scalar, (New(aten.to.dtype, (bias, torch.float32)), match.arguments["scale"]))
     found = split_additive(mask, LOWEST) or Mask(False, mask)
     _replace_mask(match, found)
-    match.stands_for.pop(found.rest, None)
+    match.stands_for = {node: made for node, made in match.stands_for.items() if made[0] != "mask"}
     rest: Any = found.rest
-    match.arguments["mask"] = scaled if rest is None else New(aten.add.Tensor, (scaled, rest))
+    match.arguments["mask"] = scaled if rest is None else _sum(scaled, rest)
     return finish(match)
 
 
