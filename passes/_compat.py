@@ -320,9 +320,10 @@ def self_test() -> str | None:
         return graph.forward
 
     try:
-        with torch.random.fork_rng(devices=[]):  # the user's random numbers are not ours to draw
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            # The user's random numbers are not ours to draw, and the first call may ask for no gradients.
             module, x = _FiveOps(), torch.ones(1, 2, requires_grad=True)
-        torch.compile(module, backend=backend, dynamic=False)(x).backward()
+            torch.compile(module, backend=backend, dynamic=False)(x).backward()
         wanted = ("aten.linear.default", "aten.gelu.default", "weight")
         lost = [name for name in wanted if not any(name in text for text in seen)]
         problem = f"the captured graph lacks {', '.join(lost)}" if lost else None

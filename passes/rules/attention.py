@@ -2,8 +2,8 @@
 
     softmax(q k^T * scale + mask) v,   dropout on the probabilities
 
-A pattern finds the chain; attention_finish.py then reads what the chain leaves open: heads repeated for
-grouped-query attention are unfolded, the mask is taken apart, active dropout gets the graph's seed.
+A pattern finds the chain; attention_finish.py and attention_bias.py read what it leaves open: heads repeated
+for grouped-query attention are unfolded, the mask is taken apart, active dropout gets the graph's seed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekit.passes.pattern import Rule
-from fusekit.passes.rules.attention_finish import (
-    finish,
-    finish_added,
+from fusekit.passes.rules.attention_bias import (
     finish_added_and_filled,
     finish_added_twice,
     finish_bloom,
+    finish_scaled_bias,
+)
+from fusekit.passes.rules.attention_finish import (
+    finish,
+    finish_added,
     finish_call,
     finish_filled,
-    finish_scaled_bias,
     finishing_capped,
 )
 

@@ -12,15 +12,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusekit.kernels.launch import on_gpu
 from fusekit.passes.affine import Index, Predicate
-from fusekit.passes.alibi import alibi_of, heads_apart
+from fusekit.passes.alibi import alibi_of
 from fusekit.passes.bands import band_of, is_band
-from fusekit.passes.fused_call import value_in
 from fusekit.passes.masks import (
     Mask,
     from_band,
     predicate,
     recover,
-    recover_additive,
     recover_forbidden,
     split_additive,
 )
@@ -37,7 +35,7 @@ def finish_call(match: Match) -> str | None:
     """F.scaled_dot_product_attention: the mask is boolean or is added."""
     mask = match.arguments.get("mask")
     if mask is not None:
-        take = _take_boolean if value_of(mask).dtype == torch.bool else _take_added
+        take = take_boolean if value_of(mask).dtype == torch.bool else _take_added
         if reason := take(match):
             return reason
     return finish(match)
@@ -45,7 +43,7 @@ def finish_call(match: Match) -> str | None:
 
 def finish_filled(match: Match) -> str | None:
     """Scores overwritten where the mask forbids: -inf, or so low a number that exp gives zero."""
-    return _take_boolean(match) or finish(match)
+    return take_boolean(match) or finish(match)
 
 
 def finish_added(match: Match) -> str | None:
@@ -65,7 +63,7 @@ def finish(match: Match) -> str | None:
     return None
 
 
-def _take_boolean(match: Match) -> str | None:
+def take_boolean(match: Match) -> str | None:
     fill = match.arguments.get("fill", -math.inf)
     mask, node = match.arguments["mask"], match.arguments["mask"]
     if isinstance(mask, New):  # the complement of what the model has
@@ -83,7 +81,7 @@ def _take_boolean(match: Match) -> str | None:
     if fill > LOWEST:
         return f"masked with {fill:g}, which a score can come near to"
     rest: Any = found.rest
-    _set_band(match, found)
+    set_band(match, found)
     match.arguments["mask"] = rest
     if rest is not mask:
         match.stands_for.pop(node, None)
@@ -109,7 +107,7 @@ def _whole(allowed: Predicate | None) -> Mask | None:
     return from_band(band_of([allowed])) if is_band(allowed) else None
 
 
-def _set_band(match: Match, found: Mask) -> None:
+def set_band(match: Match, found: Mask) -> None:
     if found.causal or found.window is not None:
         match.arguments.update(causal=found.causal, window=found.window, offset=found.offset)
     if found.documents is not None:
@@ -125,7 +123,7 @@ def _take_added(match: Match) -> str | None:
         return "what is added to the scores is no floating point mask"
     found = split_additive(mask, LOWEST)
     if found is not None:
-        _replace_mask(match, found)
+        replace_mask(match, found)
     return None
 
 
@@ -147,90 +145,8 @@ def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> 
     return True
 
 
-def finish_added_twice(match: Match) -> str | None:
-    """(scores + bias) + mask: one of the two may be causal, a window or ALiBi; what is left is one mask."""
-    bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
-    if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
-        return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
-    for band, other in ((mask, bias), (bias, mask)):
-        found = recover_additive(band, LOWEST)
-        if found is not None:
-            _replace_mask(match, found._replace(rest=other))
-            return finish(match)
-    for alibi, other in ((bias, mask), (mask, bias)):
-        match.arguments["mask"] = alibi
-        if take_alibi(match):
-            _replace_mask(match, Mask(False, other))
-            return finish(match)
-    match.arguments["mask"] = _sum(bias, mask)
-    match.stands_for.pop(mask, None)
-    return finish(match)
-
-
-def _sum(bias: Any, mask: Any) -> New:
-    """In float32, as the op adds them."""
-    return New(aten.add.Tensor, (New(aten.to.dtype, (bias, torch.float32)), mask))
-
-
-def finish_added_and_filled(match: Match) -> str | None:
-    """(scores + bias) filled where a mask forbids, as MPT; what is no ALiBi and no band is one mask."""
-    bias = match.arguments.pop("bias")
-    if isinstance(bias, New) or not value_of(bias).is_floating_point():
-        return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
-    if reason := _take_boolean(match):
-        return reason
-    kept = match.arguments["mask"]
-    match.arguments["mask"] = bias
-    if take_alibi(match):
-        match.arguments["mask"] = kept
-    elif kept is not None:
-        match.arguments["mask"] = _filled(bias, kept, match)
-        match.stands_for = {node: made for node, made in match.stands_for.items() if made[0] != "mask"}
-    elif match.arguments["mask"] is not None:
-        match.stands_for[bias] = ("mask", None)
-    return finish(match)
-
-
-def _filled(bias: fx.Node, kept: Any, match: Match) -> New:
-    if value_in(kept, match.root).dtype != torch.bool:  # what fills, to be added
-        return _sum(bias, kept)
-    precise = New(aten.to.dtype, (bias, torch.float32))
-    return New(aten.masked_fill.Scalar, (precise, New(aten.logical_not.default, (kept,)), -math.inf))
-
-
-def finish_scaled_bias(match: Match) -> str | None:
-    """(products + bias) * scale + mask, as Falcon: a bias of each key beside causal is one row of a mask."""
-    bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
-    if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
-        return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
-    scaled = New(aten.mul.Scalar, (New(aten.to.dtype, (bias, torch.float32)), match.arguments["scale"]))
-    found = split_additive(mask, LOWEST) or Mask(False, mask)
-    _replace_mask(match, found)
-    match.stands_for = {node: made for node, made in match.stands_for.items() if made[0] != "mask"}
-    rest: Any = found.rest
-    match.arguments["mask"] = scaled if rest is None else _sum(scaled, rest)
-    return finish(match)
-
-
-def finish_bloom(match: Match) -> str | None:
-    """alibi, (batch * heads, 1, keys), where the products are added to it; and an additive mask."""
-    alibi, mask = match.arguments["bias"], match.arguments["mask"]
-    if isinstance(alibi, New) or isinstance(mask, New) or not value_of(mask).is_floating_point():
-        return "what is added to the scores is no floating point mask"
-    unfolded = heads_apart(alibi, value_of(match.arguments["q"]).shape)
-    match.arguments["bias"] = None if unfolded is None else unfolded[0]
-    if unfolded is None or not take_alibi(match, "bias", unfolded[1]):
-        return "what baddbmm adds to the scores is not ALiBi, slopes of heads times places of keys"
-    match.stands_for.pop(alibi, None)
-    del match.arguments["bias"]
-    return finish_added(match)
-
-
-def _replace_mask(match: Match, found: Mask) -> None:
-    _set_band(match, found)
+def replace_mask(match: Match, found: Mask) -> None:
+    set_band(match, found)
     match.stands_for.pop(match.arguments["mask"], None)
     match.arguments["mask"] = found.rest
     if isinstance(found.rest, fx.Node):
