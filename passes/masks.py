@@ -166,7 +166,7 @@ def recover_forbidden(mask: fx.Node) -> Mask | None:
     if name == "to" and _is_floating(args[0]):  # MPT's: finfo.min is true, and 0 false
         return _chosen(args[0], -math.ulp(0.0))
     if name == "lt" and _is_floating(args[0]) and isinstance(args[1], (int, float)) and args[1] <= 0:
-        return _chosen(args[0], math.nextafter(args[1], -math.inf))  # Falcon's: finfo.min is below -1, 0 not
+        return _chosen(args[0], 2 * args[1] - 1)  # Falcon's: finfo.min is below -1, however cast; 0 not
     if value_of(mask).dtype == torch.bool:
         found = _joined(parts_of(mask, forbidden=True))
         return found if found is not None and found._replace(rest=None) != Mask(False, None) else None
