@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusekit.passes.affine import KEY, QUERY, ZERO, Affine, Index, Reading, variables
 from fusekit.passes.floating_index import whole_number
-from fusekit.passes.gradient import needs_gradient
+from fusekit.passes.gradient import in_no_grad, needs_gradient
 from fusekit.passes.index_arithmetic import EXACT, aligned, is_written, reshaped, sliced, unwrapped
 from fusekit.passes.pattern import New
 from fusekit.passes.spelling import spell, value_of
@@ -147,6 +147,8 @@ def _joined(
         return None
     ones = [dim for dim, i in enumerate(heads) if i == ZERO]
     taken: Any = New(aten.squeeze.dims, (slopes, ones)) if ones else slopes
+    if in_no_grad(slopes.graph):  # a view of what is trained requires one even there
+        taken = New(aten.detach.default, (taken,))
     scale *= growth
     if abs(scale) != 1.0:  # in float32, as the op computes with them
         taken = New(aten.mul.Scalar, (New(aten.to.dtype, (taken, torch.float32)), scale))

@@ -14,6 +14,9 @@ from rule_checks import Functional, calls, capture, check, reasons, sites
 from test_rules_alibi import QKV, SLOPES, D, H, Spelling, T, _attend, _causal, _distance, _scores, attentions
 from torch import Tensor, nn
 
+import fusekit
+from fusekit.passes import price
+
 INF = math.inf
 KINDS: dict[str, dict[str, Any]] = {
     "own keys": {"multi_query": False},
@@ -249,3 +252,30 @@ def test_learned_slopes_are_fused_with_their_gradient(
     ):
         errors = [float((p.grad.double() - wanted.grad).norm() / wanted.grad.norm()) for p in (fused, eager)]
         assert errors[0] <= 1.5 * errors[1] + torch.finfo(dtype).eps, (name, errors)
+
+
+class Off(nn.Module):
+    """Trained slopes, of which the bias is made where gradients are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.slopes = nn.Linear(D * H, 3 * D * H), nn.Parameter(SLOPES.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        with torch.no_grad():
+            bias = self.slopes[:, None, None] * torch.arange(T)
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+@pytest.mark.parametrize("least_gain", [0.0, 1e9], ids=["fused", "put back"])
+def test_slopes_without_a_gradient_get_none(least_gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(price, "LEAST_GAIN", least_gain)
+    x = torch.randn(2, T, H * D)
+    expected = Off()(x)
+    model = fusekit.optimize(Off())
+    result = model(x)
+    torch.testing.assert_close(result, expected)
+    result.sum().backward()
+    assert model.slopes.grad is None and model.qkv.weight.grad is not None
