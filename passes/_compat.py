@@ -129,12 +129,16 @@ def trace_body(run: Callable[..., Any], args: Sequence[Any]) -> tuple[Graph, Any
 def record_call(target: Callable[..., Any], args: tuple, kwargs: dict[str, Any], outputs: Any = None) -> Any:
     """Put one opaque call into the graph being traced; submodules among `args` are registered on its root.
 
-    outputs: the fake results; computed by running `target` untraced when None.
+    outputs: the fake results; computed by running `target` untraced when None. Where nothing is traced, as
+    around the bodies of checkpoints that `trace_body` runs for their outputs, the results are all there is.
     """
-    tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
     if outputs is None:
         with disable_proxy_modes_tracing(), _temp_remove_pre_dispatch_torch_function_mode():
             outputs = target(*args, **kwargs)
+    mode: Any = get_proxy_mode()
+    if mode is None:
+        return outputs
+    tracer = mode.tracer
 
     def proxy(value: Any) -> Any:
         if isinstance(value, torch.nn.Module):
@@ -332,9 +336,10 @@ def self_test() -> str | None:
         return graph.forward
 
     try:
-        with torch.random.fork_rng(devices=[]):  # the user's random numbers are not ours to draw
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            # The user's random numbers are not ours to draw, and the first call may ask for no gradients.
             module, x = _FiveOps(), torch.ones(1, 2, requires_grad=True)
-        torch.compile(module, backend=backend, dynamic=False)(x).backward()
+            torch.compile(module, backend=backend, dynamic=False)(x).backward()
         wanted = ("aten.linear.default", "aten.gelu.default", "weight")
         lost = [name for name in wanted if not any(name in text for text in seen)]
         problem = f"the captured graph lacks {', '.join(lost)}" if lost else None

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from fusekit.kernels import FP8_OPS, OPS
-from fusekit.passes import fp8_attention
+from fusekit.passes import _compat, fp8_attention
 from fusekit.passes.canonicalise import bodies, location
+from fusekit.passes.checkpoint_masks import lift_masks, sink_masks
 from fusekit.passes.cost import hint
 from fusekit.passes.fp8_sites import (
     around,
@@ -52,8 +53,10 @@ STAYS = "stays in high precision: "
 def fuse(region: Region) -> None:
     """Rewrite the region's graph and the bodies of its checkpoints."""
     sites: dict[str, int] = defaultdict(int)
+    sink_masks(region)
     for module in bodies(region.module):
         _Fuser(region, module, sites).run()
+    lift_masks(region)
     if region.settings.strict:
         refuse_leftovers(region)
 
@@ -66,6 +69,7 @@ class _Fuser:
         self.rewriter = Rewriter(module.graph, ALL_OPS)
         self.misses: dict[tuple[str, fx.Node], Miss] = {}
         self.writes = writes(self.graph)
+        self.training = region.training or _switches_gradients(region)
 
     def run(self) -> None:
         by_name: dict[str, list[fx.Node]] = defaultdict(list)
@@ -186,6 +190,7 @@ class _Fuser:
         """Rewrite one match; or leave the graph as it was and say why."""
         if self.rewriter.gone & {*match.nodes, *match.outputs}:
             return "part of it is fused already"
+        match.training = self.training
         if match.rule.finish is not None and (reason := match.rule.finish(match)):
             return reason
         if match.rule.op == "attention":
@@ -278,6 +283,13 @@ class _Fuser:
         for (op, root), miss in self.misses.items():
             if root not in taken and miss.node not in self.rewriter.gone:
                 self.region.refuse(op, location(root), _sentence(miss), miss.rule.source)
+
+
+def _switches_gradients(region: Region) -> bool:
+    """Whether gradients are switched on or off anywhere in the region."""
+    switch = _compat.set_grad_enabled
+    modules = bodies(region.module)
+    return any(module.graph.find_nodes(op="call_function", target=switch) for module in modules)
 
 
 def _sentence(miss: Miss) -> str:

@@ -29,6 +29,8 @@ def operands(arguments: dict[Any, Any]) -> list[fx.Node]:
     for value in arguments.values():
         if isinstance(value, New):
             nodes += operands(dict(enumerate(value.args)))
+        elif isinstance(value, list):
+            nodes += operands(dict(enumerate(value)))
         else:
             fx.node.map_arg(value, nodes.append)
     return nodes
@@ -49,9 +51,17 @@ def value_in(argument: Any, near: fx.Node) -> Any:
 
 
 def run_fake(target: Any, arguments: Any, near: fx.Node) -> Any:
-    given = [run_fake(*a, near) if isinstance(a, New) else fx.node.map_arg(a, value_of) for a in arguments]
+    given = [_faked(argument, near) for argument in arguments]
     with value_of(near).fake_mode, enable_python_dispatcher():
         return target(*given)
+
+
+def _faked(argument: Any, near: fx.Node) -> Any:
+    if isinstance(argument, New):
+        return run_fake(*argument, near)
+    if isinstance(argument, list):
+        return [_faked(inner, near) for inner in argument]
+    return fx.node.map_arg(argument, value_of)
 
 
 def as_tuple(results: Any) -> tuple[Any, ...]:

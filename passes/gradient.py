@@ -15,7 +15,7 @@ from fusekit.passes.spelling import spell, value_of
 def needs_gradient(value: fx.Node) -> bool:
     """Whether a parameter or input that is trained reaches `value` through floating point values."""
     pending, seen = [value], set()
-    without = _in_no_grad(value.graph)
+    without = in_no_grad(value.graph)
     while pending:
         node = pending.pop()
         if node in seen or node in without or not any(map(_carries_gradient, tensors_of(value_of(node)))):
@@ -38,7 +38,7 @@ def _carries_gradient(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _in_no_grad(graph: fx.Graph) -> set[fx.Node]:
+def in_no_grad(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that are computed with gradients off; an input never is."""
     found, enabled = set(), True
     for node in graph.nodes:

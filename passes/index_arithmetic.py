@@ -106,7 +106,7 @@ def unwrapped(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         dim = args[1] % len(index)
         return args[0], index[:dim] + index[dim + 1 :]
     if name in ("squeeze", "reshape"):
-        inner = _reshaped(node, args[0], index)
+        inner = reshaped(node, args[0], index)
         return None if inner is None else (args[0], inner)
     return None
 
@@ -116,7 +116,7 @@ def _unwrap(node: fx.Node, args: tuple[Any, ...], index: Index) -> Value:
     return None if inner is None else element(*inner)
 
 
-def _reshaped(node: fx.Node, source: fx.Node, index: Index) -> Index | None:
+def reshaped(node: fx.Node, source: fx.Node, index: Index) -> Index | None:
     """Only where dimensions of size one come or go."""
     old, new = value_of(source).shape, value_of(node).shape
     kept = [i for i, size in zip(index, new, strict=True) if not statically_known_true(size == 1)]

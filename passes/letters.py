@@ -83,6 +83,10 @@ def unify(operand: Operand, shape: list[Any], sizes: dict[str, Any]) -> str | No
         factor = product(known, sizes) if known else 1
         if factor != 1 and not equal(size % factor, 0):
             return f"{operand.name}: {size} is no multiple of {factor}"
+        if last.isdigit():
+            if not equal(size // factor, int(last)):
+                return f"{operand.name}: {size} where {product(dim, sizes)} is needed"
+            continue
         if not equal(sizes.setdefault(last, size // factor), size // factor):
             return f"{operand.name}: {last} is {size // factor}, but {sizes[last]} elsewhere"
     return None

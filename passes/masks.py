@@ -6,12 +6,13 @@ index arithmetic is followed through views and gathers as affine forms, comparis
 everything else stays a tensor. Only what is proved is dropped: atoms that bound `key - query` by a number,
 which are the op's causal, window and offset, and atoms that are constant and true. A wrong proof would train
 another model without a sound, so there is no guessing here: whatever is not understood keeps its tensor.
-One equality of numbers of the query and of the key becomes the op's documents (documents.py), a band or
+Equalities of numbers of the query and of the key become the op's documents (documents.py), a band or
 booleans of query and key its global tokens (global_tokens.py). Sizes may be symbolic.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,11 +25,14 @@ from fusekit.kernels.attention_form import band
 from fusekit.passes import global_tokens
 from fusekit.passes.affine import TRUE, Affine, Predicate, simplified, variables
 from fusekit.passes.bands import Band, band_of, is_band
-from fusekit.passes.documents import Documents, documents_of
+from fusekit.passes.documents import BATCH, OURS, THEIRS, Documents, both, documents_of, line
 from fusekit.passes.global_tokens import Globals
 from fusekit.passes.index_arithmetic import Value, aligned, constant, element, is_written
 from fusekit.passes.mask_parts import Part, parts_of
+from fusekit.passes.pattern import New
 from fusekit.passes.spelling import spell, value_of
+
+aten = torch.ops.aten
 
 
 class Mask(NamedTuple):
@@ -70,7 +74,10 @@ def _joined(parts: list[Part]) -> Mask | None:
     if taken is not None:
         used, near, beside = taken
         said = [TRUE if part is used else p for part, p in zip(parts, said, strict=True)]
-    rest = [part.tensor for part, p in zip(parts, said, strict=True) if not is_band(p)]
+    left = [part for part, p in zip(parts, said, strict=True) if not is_band(p)]
+    rest = [part.tensor for part in left]
+    if len(rest) > 1:
+        documents, rest = _lines(documents, left)
     found = from_band(near)
     if found is None or len(rest) > 1 or None in rest:  # joining several again would cost what it saves
         return None
@@ -78,13 +85,50 @@ def _joined(parts: list[Part]) -> Mask | None:
 
 
 def _documents(parts: list[Part]) -> tuple[Documents | None, list[Part]]:
-    """The one part that the op takes as documents, rather one that says more, and the others."""
+    """The parts that the op takes as documents, first one that says more, and the others."""
     found = [(part, documents_of(part)) for part in parts if not is_band(part.predicate())]
-    candidates = [(documents.places is not None, i) for i, (_, documents) in enumerate(found) if documents]
-    if not candidates:
-        return None, parts
-    chosen, documents = found[max(candidates, key=lambda candidate: candidate[0])[1]]
-    return documents, [part for part in parts if part is not chosen]
+    candidates = [(part, documents) for part, documents in found if documents is not None]
+    candidates.sort(key=lambda candidate: candidate[1].places is None)
+    chosen: Documents | None = None
+    taken = []
+    for part, documents in candidates:
+        joined = documents if chosen is None else chosen.also(documents)
+        if joined is not None:
+            chosen = joined
+            taken.append(part)
+    return chosen, [part for part in parts if part not in taken]
+
+
+def _lines(documents: Documents | None, parts: list[Part]) -> tuple[Documents | None, list[Any]]:
+    """What is said of queries alone and of keys alone, joined where the op has a form for it; the rest."""
+    seeing, seen = (_all_of(parts, own) for own in (OURS, THEIRS))
+    rest = [part.tensor for part in parts if not _is_line(part)]
+    if documents is None and seeing is not None and seen is not None:
+        return both(seeing, seen), rest
+    if seeing is not None:
+        documents = None if documents is None else documents.where(seeing)
+        if documents is None:
+            return None, [part.tensor for part in parts]
+    if seen is not None:
+        batched = any(BATCH in part.at for part in parts if _is_line(part))
+        row = New(aten.unsqueeze.default, (New(aten.unsqueeze.default, (seen, -2)), -2))
+        rest.append(row if batched else seen)
+    return documents, rest
+
+
+def _is_line(part: Part) -> bool:
+    return _line(part, OURS) is not None or _line(part, THEIRS) is not None
+
+
+def _line(part: Part, own: Affine) -> Any:
+    if value_of(part.node).dtype != torch.bool or (found := line(part.node, part.at, own)) is None:
+        return None
+    return New(aten.logical_not.default, (found,)) if part.negated else found
+
+
+def _all_of(parts: list[Part], own: Affine) -> Any:
+    lines = [found for part in parts if (found := _line(part, own)) is not None]
+    return functools.reduce(lambda x, y: New(aten.logical_and.default, (x, y)), lines) if lines else None
 
 
 def recover_additive(mask: fx.Node, lowest: float) -> Mask | None:
@@ -121,6 +165,8 @@ def recover_forbidden(mask: fx.Node) -> Mask | None:
     name, args = spell(mask)
     if name == "to" and _is_floating(args[0]):  # MPT's: finfo.min is true, and 0 false
         return _chosen(args[0], -math.ulp(0.0))
+    if name == "lt" and _is_floating(args[0]) and isinstance(args[1], (int, float)) and args[1] <= 0:
+        return _chosen(args[0], 2 * args[1] - 1)  # Falcon's: finfo.min is below -1, however cast; 0 not
     if value_of(mask).dtype == torch.bool:
         found = _joined(parts_of(mask, forbidden=True))
         return found if found is not None and found._replace(rest=None) != Mask(False, None) else None

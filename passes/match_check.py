@@ -13,6 +13,8 @@ from fusekit.passes.letters import equal, translate, unify
 from fusekit.passes.pattern import INVERTIBLE, LOW, New, Pattern
 from fusekit.passes.spelling import Spelling, spell, value_of
 
+_PROMOTED = frozenset({"add", "mul", "masked_fill", "where"})  # on the way from the products to the softmax
+
 
 class State(NamedTuple):
     """What of the pattern is found: its nodes in the graph, those left out, its operands and numbers."""
@@ -47,6 +49,8 @@ def _wrong_intermediate(pattern: Pattern, state: State, sizes: dict[str, Any]) -
         name = wanted.name
         expected = low if ours.dtype == LOW else ours.dtype
         fits = theirs.dtype == expected or (name == "softmax" and theirs.dtype in (low, torch.float32))
+        # A bias or mask of float32 promotes the scores; the op keeps them in float32 in any case.
+        fits |= pattern.rule.op == "attention" and name in _PROMOTED and theirs.dtype == torch.float32
         # A cast left out does no harm itself: what reads it is checked, and promotes as the cast would.
         if not fits and p not in state.skipped:
             return f"{name} is computed in {_named(theirs.dtype)}, not {_named(expected)}"

@@ -105,6 +105,7 @@ class Match:
     nodes: what is replaced, in graph order; `outputs` are among them.
     arguments: the op's, as nodes, New nodes and numbers, and what else the pattern captured.
     stands_for: the graph's node for each tensor argument, and the call that makes it of that argument.
+    training: whether gradients may be asked for.
     """
 
     rule: Rule
@@ -112,6 +113,7 @@ class Match:
     nodes: list[fx.Node]
     arguments: dict[str, Any]
     stands_for: dict[fx.Node, tuple[str, New | None]]
+    training: bool = True
 
     @property
     def root(self) -> fx.Node:

@@ -22,6 +22,7 @@ from fusekit.passes.canonicalise import bodies
 from fusekit.passes.cost import Cost, bytes_of, device_of, node_cost, roofline
 from fusekit.passes.propagate import complete, faking, tensors_of
 from fusekit.passes.region import Fusion, Region
+from fusekit.passes.rewrite import erase_unread, merge_copies
 
 LEAST_GAIN = 0.9  # estimated gains below this are reverted
 EMULATED = "emulated"  # FP8 where there are no FP8 products
@@ -70,6 +71,7 @@ def price(region: Region) -> None:
                 region.refuse(fusion.op, fusion.location, reason, fusion.rule)
                 reverted = True
         if reverted:
+            merge_copies(module.graph)
             module.graph.lint()
             module.recompile()
 
@@ -206,6 +208,9 @@ def put_back(module: fx.GraphModule, node: fx.Node) -> None:
             setattr(module, constant.target, getattr(fusion.eager, constant.target))
     with module.graph.inserting_before(node):
         results = module.graph.graph_copy(fusion.eager.graph, values)
+    for original in fusion.eager.graph.nodes:
+        if original.op == "call_function":
+            values[original].meta["put_back"] = True
     if isinstance(results, tuple):
         for part in list(node.users):
             assert part.target is operator.getitem
@@ -214,9 +219,11 @@ def put_back(module: fx.GraphModule, node: fx.Node) -> None:
     else:
         node.replace_all_uses_with(results)  # type: ignore[arg-type]
     module.graph.erase_node(node)
-    for argument in arguments:  # a seed that only this site drew
+    for argument in set(arguments):  # a seed that only this site drew
         if not argument.users and argument.target is torch.ops.aten.randint.default:
             module.graph.erase_node(argument)
+            arguments = [other for other in arguments if other is not argument]
+    erase_unread(arguments)  # made for the fused op
 
 
 def _time(seconds: float) -> str:

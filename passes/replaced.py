@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from fusekit.passes.gradient import in_no_grad
 from fusekit.passes.normalise import is_mutation
 from fusekit.passes.pattern import Match, New
 from fusekit.passes.spelling import value_of
@@ -28,7 +29,7 @@ def replaced_graph(
     Raises:
         NotSelfContained: a value comes from elsewhere in the graph.
     """
-    builder = _Builder(tensors)
+    builder = _Builder(tensors, in_no_grad(match.root.graph))
     for node, (name, inverse) in match.stands_for.items():
         if name in builder.arguments:
             builder.copies[node] = builder.from_argument(builder.arguments[name], inverse)
@@ -44,8 +45,8 @@ def replaced_graph(
 
 
 class _Builder:
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.graph = fx.Graph()
+    def __init__(self, tensors: dict[str, Tensor], without_grad: set[fx.Node]) -> None:
+        self.graph, self.without_grad = fx.Graph(), without_grad
         self.arguments = {name: self.graph.placeholder(name) for name in tensors}
         for name, placeholder in self.arguments.items():
             placeholder.meta["val"] = tensors[name]
@@ -71,7 +72,15 @@ class _Builder:
                     for k, v in needed.meta.items()
                     if k in ("val", "stack_trace", "full_precision", "layer")
                 }
+                if needed in self.without_grad and isinstance(value_of(needed), Tensor):
+                    self.copies[needed] = self.detached(self.copies[needed])
         return self.copies[node]
+
+    def detached(self, copy: fx.Node) -> fx.Node:
+        """What the model computes with gradients off: the copy stands where they are on."""
+        detached = self.graph.call_function(torch.ops.aten.detach.default, (copy,))
+        detached.meta["val"] = value_of(copy)
+        return detached
 
     def extra_input(self, node: fx.Node) -> fx.Node:
         self.extra.append(node.name)

@@ -6,6 +6,7 @@ The replaced nodes are erased one by one: dead code elimination keeps random nod
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import fx
 
 from fusekit.kernels.op import Op
 from fusekit.passes.fused_call import as_tuple, layout_shows, value_in
-from fusekit.passes.normalise import is_mutation, same_shape
+from fusekit.passes.gradient import needs_gradient
+from fusekit.passes.normalise import is_mutation, same_shape, writes
 from fusekit.passes.pattern import SEED, Match, New
 from fusekit.passes.region import Fusion
 from fusekit.passes.spelling import value_of
@@ -27,6 +29,7 @@ class Rewriter:
     def __init__(self, graph: fx.Graph, ops: dict[str, Op]) -> None:
         self.graph, self.ops = graph, ops
         self.gone: set[fx.Node] = set()
+        self.made: dict[tuple[str, Any], fx.Node] = {}
         self.seed: fx.Node | None = None
         self.seeded = 0
 
@@ -67,11 +70,19 @@ class Rewriter:
         if argument is SEED:
             self.seeded += 1
             return self.seed_node(match, before)
+        if isinstance(argument, list):
+            return [self.materialise(inner, match, before) for inner in argument]
         if not isinstance(argument, New):
             return argument
         args = tuple(self.materialise(arg, match, before) for arg in argument.args)
+        # Slopes and masks serve all layers; where nothing is written between two sites, one node does.
+        key = f"{argument.target}{args}", match.root.meta.get("region")
+        made = self.made.get(key)
+        if made is not None and made not in self.gone and made < before:
+            return made
         node = self.graph.call_function(argument.target, args)
         _describe_node(node, match.root, value_in(argument, match.root))
+        self.made[key] = node
         return node
 
     def seed_node(self, match: Match, before: fx.Node) -> fx.Node:
@@ -91,7 +102,7 @@ class Rewriter:
         replaced = set(match.nodes)
         while pending:
             node = pending.pop(0)
-            if node in self.gone or node.users or (node not in replaced and not _is_disposable(node)):
+            if node in self.gone or node.users or (node not in replaced and not is_disposable(node)):
                 continue
             inputs = node.all_input_nodes
             self.graph.erase_node(node)
@@ -100,14 +111,39 @@ class Rewriter:
         assert replaced <= self.gone, f"{match.rule.source} left {replaced - self.gone} behind"
 
 
-def _is_disposable(node: fx.Node) -> bool:
+def erase_unread(nodes: Iterable[fx.Node]) -> None:
+    """Erase those of the nodes that nobody reads, and what only they read."""
+    pending = set(nodes)
+    while pending:
+        node = max(pending)
+        pending.discard(node)
+        if not node.users and is_disposable(node):
+            pending |= set(node.all_input_nodes)
+            node.graph.erase_node(node)
+
+
+def merge_copies(graph: fx.Graph) -> None:
+    """One node for equal ones that were put back: each site computes its mask by itself, which all share.
+
+    Not where something is written in place, and not where a gradient would be summed in another order.
+    """
+    if writes(graph):
+        return
+    first: dict[str, fx.Node] = {}
+    for node in [node for node in graph.nodes if node.meta.get("put_back") and is_disposable(node)]:
+        other = first.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
+        handed_out = any(user.op == "output" for user in node.users)
+        if other is not node and not handed_out and not needs_gradient(node):
+            node.replace_all_uses_with(other)
+            graph.erase_node(node)
+
+
+def is_disposable(node: fx.Node) -> bool:
     """Left without readers by a fusion, it may go: no effect, nothing random, not an input."""
-    if (
-        node.op != "call_function"
-        or not isinstance(node.target, torch._ops.OpOverload)
-        or "fusion" in node.meta
-    ):
+    if node.op != "call_function" or "fusion" in node.meta:
         return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
     return not is_mutation(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import bodies, canonicalise, copy_graph
 from fusekit.passes.config import Config
 from fusekit.passes.fuse import fuse
 from fusekit.passes.invariants import Snapshot
-from fusekit.passes.normalise import normalise
+from fusekit.passes.normalise import normalise, same_meta
+from fusekit.passes.propagate import faking, tensors_of
 from fusekit.passes.region import Region, Settings
 
 
@@ -40,7 +41,10 @@ def capture(model: Any, *args: Any, dynamic: bool | None = None, **kwargs: Any) 
 
     def backend(module: Any, example_inputs: Any) -> Any:
         region = Region(
-            module=copy_graph(canonicalise(module, example_inputs)), settings=settings, config=config
+            module=copy_graph(canonicalise(module, example_inputs)),
+            settings=settings,
+            config=config,
+            training=torch.is_grad_enabled(),
         )
         before = Snapshot(region)
         normalise(region)
@@ -98,7 +102,24 @@ def check(model: nn.Module, *args: Any, tolerance: float = 1e-5, **kwargs: Any) 
     for region in regions:
         for fusion in region.fusions:
             assert fusion.eager is not None and fusion.flops > 0
+        check_replaced(region)
     return regions
+
+
+def check_replaced(region: Region) -> None:
+    """What every fusion replaced, run on fakes of its arguments, returns what the fused call does."""
+    for body in bodies(region.module):
+        named = {node.name: node for node in body.graph.find_nodes(op="placeholder")}
+        for node in [node for node in body.graph.nodes if "fusion" in node.meta]:
+            fusion = node.meta["fusion"]
+            given: list[fx.Node] = []
+            fx.map_arg((node.args, node.kwargs), given.append)
+            own = iter(n for n in given if isinstance(n.meta["val"], Tensor))
+            inputs = [(next(own) if name is None else named[name]).meta["val"] for name in fusion.inputs]
+            with faking(node):
+                results = fusion.eager(*inputs)
+            for result, value in zip(tensors_of(results), tensors_of(node.meta["val"]), strict=True):
+                assert same_meta(result, value), f"{fusion.site}: {result} in place of {value}"
 
 
 def _without_options(kwargs: dict[str, Any]) -> dict[str, Any]:

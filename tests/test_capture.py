@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fusekit
+from fusekit.passes import _compat
 from fusekit.passes.canonicalise import bodies
 from fusekit.session import session
 
@@ -367,3 +368,10 @@ def test_a_checkpoint_around_the_optimised_model(reentrant):
         for ours, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert fusekit.explain(model).graphs == (2 if reentrant else 1)  # without gradients first
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_start_up_test_passes_where_no_gradients_are_asked_for(mode: Any) -> None:
+    """It takes a gradient itself; failing, it would leave the whole model eager."""
+    with mode():
+        assert _compat.self_test() is None

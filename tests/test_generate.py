@@ -39,6 +39,13 @@ def language_model(name: str) -> nn.Module:
     if name == "Bloom":
         sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
         return transformers.BloomForCausalLM(transformers.BloomConfig(**sizes, **tokens)).eval()
+    if name == "MPT":
+        sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2}
+        return transformers.MptForCausalLM(transformers.MptConfig(**sizes, **tokens)).eval()
+    if name.startswith("Falcon"):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
+        config = transformers.FalconConfig(**sizes, **tokens, attn_implementation=name.partition(", ")[2])
+        return transformers.FalconForCausalLM(config).eval()
     sizes = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -71,6 +78,9 @@ def sites(model: nn.Module) -> list[int]:
         ("Qwen3", None, False, 3),
         ("GPT2", None, True, 3),
         ("Bloom", None, True, 3),  # ALiBi of places that padding shifts
+        ("MPT", None, True, 2),  # finfo.min in the scores: rows of padding are shared out evenly
+        ("Falcon, eager", None, True, 3),
+        ("Falcon, sdpa", None, True, 3),
     ],
 )
 def test_every_step_is_fused_and_few_are_captured(name, cache, padded, captures, any_size_pays) -> None:
@@ -84,6 +94,15 @@ def test_every_step_is_fused_and_few_are_captured(name, cache, padded, captures,
     assert sites(model) == [2] * captures
     running = {fusion.implementation for fusion in report.fused if fusion.op == "attention"}
     assert running and all(name.startswith("CPU ") for name in running)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "MPT", "Falcon, eager", "Falcon, sdpa"])
+def test_alibi_in_bfloat16_gives_eagers_tokens(name, any_size_pays) -> None:
+    model = language_model(name).to(torch.bfloat16)
+    expected = model.generate(**prompt(True), max_new_tokens=NEW)
+    fusekit.optimize(model)
+    assert torch.equal(model.generate(**prompt(True), max_new_tokens=NEW), expected)
+    assert set(sites(model)) == {2}
 
 
 def test_a_cache_of_another_kind_follows(any_size_pays) -> None:

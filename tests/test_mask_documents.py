@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from test_masks import _is_consistent, _seen, _traced
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_masks import _is_consistent, _seen, _traced, _value
 from torch import Tensor
 from transformers.masking_utils import chunked_overlay, find_packed_sequence_indices
 
@@ -67,6 +70,107 @@ def test_documents_are_recognised_whole(name: str) -> None:
     found = _is_consistent(build, T, T, POSITIONS)
     assert found.documents is not None and found.documents.own
     assert found._replace(documents=None) == Mask(causal, None, window, offset)
+
+
+def _grid(x: Tensor, queries: bool) -> Tensor:
+    return x[:, None, :, None] if queries else x[:, None, None, :]
+
+
+def _equal(x: Tensor) -> Tensor:
+    return _grid(x, True) == _grid(x, False)
+
+
+# name: (mask of the numbers, causal, window)
+SEVERAL: dict[str, tuple[Callable[[Tensor], Tensor], bool, int | None]] = {
+    "chunks of packed sequences": (lambda x: _packed(x) & _equal(x // 2), True, None),
+    "in another order": (lambda x: _equal(x // 2) & _packed(x, window=2), True, 2),
+    "chunks of the index": (
+        lambda x: _equal(x) & (torch.arange(T) // 4 == torch.arange(T)[:, None] // 4), False, None,
+    ),
+    "three": (lambda x: _equal(x % 2) & _equal(x // 3) & _equal(x % 5) & _causal(), True, None),
+    "numbers of any size": (lambda x: _equal(x * 2**60) & _equal(x % 3 * 2**61 - 2**62), False, None),
+    "of other numbers of the query": (
+        lambda x: (_grid(x + 1, True) == _grid(x, False)) & _equal(x % 2), False, None,
+    ),
+    "booleans": (lambda x: _equal(x > 3) & _causal(), True, None),
+    "booleans and numbers": (lambda x: _equal(x > 3) & _equal(x % 3), False, None),
+    "not unequal": (lambda x: ~(_grid(x % 3, True) != _grid(x % 3, False)) & _equal(x > 3), False, None),
+    "8 bits": (lambda x: _equal(x.to(torch.int8)) & _equal(x.to(torch.uint8) * 50), False, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_equalities_are_one(name: str) -> None:
+    build, causal, window = SEVERAL[name]
+    found = _is_consistent(build, T, T, POSITIONS)
+    assert found.documents is not None
+    assert found._replace(documents=None) == Mask(causal, None, window)
+
+
+# What is said of the query alone and of the key alone: (mask, documents, rest)
+LINES: dict[str, tuple[Callable[[Tensor], Tensor], bool, bool]] = {
+    "both valid": (lambda x: _grid(x > 1, True) & _grid(x > 1, False), True, False),
+    "both valid, causal": (lambda x: _grid(x > 1, True) & _causal() & _grid(x > 1, False), True, False),
+    "neither forbidden": (lambda x: ~(_grid(x < 2, True) | _grid(x < 1, False)), True, False),
+    "of documents": (lambda x: _equal(x % 3) & _grid(x > 1, True) & _grid(x > 1, False), True, True),
+    "keys twice": (lambda x: _grid(x > 1, False) & _grid(x != 3, False) & _causal(), False, True),
+    "keys twice, once of all": (lambda x: _grid(x > 1, False) & (torch.arange(T) % 3 > 0), False, True),
+    "documents and keys twice": (
+        lambda x: _grid(x > 1, False) & _equal(x % 3) & _grid(x != 3, False), True, True,
+    ),
+    "documents and a query twice": (
+        lambda x: _grid(x > 1, True) & _equal(x % 3) & _grid(x != 3, True), True, False,
+    ),
+    "one query": (lambda x: _grid(x > 1, True) & _causal(), False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lines_of_queries_and_keys_are_joined(name: str) -> None:
+    build, documents, rest = LINES[name]
+    found = _is_consistent(build, T, T, POSITIONS)
+    assert ((found.documents is not None), (found.rest is not None)) == (documents, rest)
+    assert not rest or not _is_dense(build)
+
+
+def _is_dense(build: Callable[[Tensor], Tensor]) -> bool:
+    graph, node = _traced(build, POSITIONS)
+    rest = recover(node).rest
+    return tuple(_value(graph, rest, POSITIONS).shape[-2:]) == (T, T)
+
+
+PARTS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: _causal(),
+    lambda x: torch.arange(T) > torch.arange(T)[:, None] - 4,
+    lambda x: _equal(x % 3),
+    lambda x: _equal(x // 4 - 1),
+    lambda x: _equal(x > 3),
+    lambda x: torch.arange(T) // 5 == torch.arange(T)[:, None] // 5,
+    lambda x: _grid(x, True) == _grid(x.flip(-1), False),
+    lambda x: _grid(x > 0, True),
+    lambda x: _grid(x != 4, True),
+    lambda x: _grid(x < 8, False),
+    lambda x: ~_grid(x == 2, False),
+    lambda x: torch.arange(T) != 3,
+    lambda x: x[:, :, None].expand(2, T, T)[:, None] > x[:, None, None, :] - 2,
+    lambda x: (_grid(x > 5, False) | _grid(x > 5, True)) | _causal(),
+]
+
+
+@given(
+    chosen=st.lists(st.sampled_from(range(len(PARTS))), min_size=1, max_size=5),
+    numbers=st.lists(st.integers(-9, 9), min_size=2 * T, max_size=2 * T),
+    forbidden=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_conjunction_is_the_mask_it_was(chosen: list[int], numbers: list[int], forbidden: bool) -> None:
+    def build(x: Tensor) -> Tensor:
+        parts = [PARTS[i](x) for i in chosen]
+        if forbidden:
+            return ~functools.reduce(lambda a, b: a | b, [~part for part in parts])
+        return functools.reduce(lambda a, b: a & b, parts)
+
+    _is_consistent(build, T, T, torch.tensor(numbers).view(2, T))
 
 
 def test_padding_stays_a_tensor_beside_documents() -> None:

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusekit.kernels.attention_form import band, rows_of
 from fusekit.passes.global_tokens import Globals
-from fusekit.passes.masks import Mask, recover, recover_additive, split_additive
+from fusekit.passes.masks import Mask, recover, recover_additive, recover_forbidden, split_additive
 from fusekit.passes.normalise import normalise_graph
 from fusekit.passes.pattern import New
 
@@ -44,6 +44,8 @@ def _value(graph: fx.GraphModule, found: Any, *inputs: Tensor) -> Tensor:
     """The value of an inner node, or of one to be made of it."""
     if isinstance(found, New):
         return found.target(*(_value(graph, x, *inputs) for x in found.args))
+    if isinstance(found, list):
+        return [_value(graph, x, *inputs) for x in found]
     return _run(graph, found, *inputs) if isinstance(found, fx.Node) else found
 
 
@@ -420,3 +422,27 @@ NOT_ADDITIVE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_other_added_masks_stay_as_they_are(name: str) -> None:
     _, node = _traced(NOT_ADDITIVE[name], torch.ones(2, 5, dtype=torch.bool))
     assert recover_additive(node, -3e4) is None
+
+
+# What is below a number is forbidden: (mask that is chosen from 0 and a low number, the number, whether read)
+BELOW = {
+    "Falcon": (lambda allowed: torch.where(allowed, torch.zeros(()), -3e38), -1, True),
+    "zero": (lambda allowed: torch.where(allowed, torch.zeros(()), -3e38), 0, True),
+    "cast": (lambda allowed: torch.where(allowed, torch.zeros(()), -3e38).bfloat16(), -1, True),
+    "not low enough": (lambda allowed: torch.where(allowed, torch.zeros(()), -1.001).bfloat16(), -1, False),
+    "above zero": (lambda allowed: torch.where(allowed, torch.zeros(()), -3e38), 1, False),
+}
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_what_is_below_a_number_is_forbidden(name: str) -> None:
+    choose, number, is_read = BELOW[name]
+
+    def build(x: Tensor) -> Tensor:
+        return choose(torch.arange(6) <= torch.arange(6)[:, None]) < number
+
+    graph, node = _traced(build, torch.zeros(2, 6, dtype=torch.int64))
+    found = recover_forbidden(node)
+    assert (found is not None) == is_read
+    if found is not None:
+        assert torch.equal(_seen(graph, found, 6, 6), ~build(torch.zeros(())))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_checks import Functional, calls, capture, check, reasons, sites
+from rule_checks import Functional, calls, check, reasons, sites
 from torch import Tensor, nn
 
 INF = math.inf
@@ -138,13 +138,29 @@ def test_what_is_nearly_alibi_stays_a_tensor(name: str) -> None:
     assert given["slopes"] is None and given["mask"] is not None
 
 
-def test_a_bias_and_a_mask_that_are_both_tensors_are_refused() -> None:
-    def both(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = _scores(q, k) + v.mean(-1, True).mT
-        return _attend(scores.masked_fill(x[:, None, None] > 0.2, -INF), v)
+BOTH: dict[str, Spelling] = {
+    "filled": lambda x, q, k, v: _attend(
+        (_scores(q, k) + v.mean(-1, True).mT).masked_fill(x[:, None, None] > 0.9, -INF), v
+    ),
+    "filled, a bias of heads": lambda x, q, k, v: _attend(
+        (_scores(q, k) + v.mean((0, 3))[:, None, :])
+        .masked_fill((x[:, None, None] > 0.9) | ~_causal(), -INF), v
+    ),
+    "added": lambda x, q, k, v: _attend(_scores(q, k) + v.mean(-1, True).mT + x[:, None, None], v),
+    "added, low": lambda x, q, k, v: _attend(
+        _scores(q, k) + v.mean(-1, True).mT + torch.where(x < 0.9, 0.0, -1e9)[:, None, None], v
+    ),
+}  # fmt: skip
 
-    _, regions = capture(Functional(both, *QKV), torch.rand(B, T))
-    assert not sites(regions) and "beside a mask" in reasons(regions)
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_bias_and_a_mask_that_are_both_tensors_are_one(name: str) -> None:
+    """The bias with its gradient, also where the mask fills it."""
+    x = torch.rand(B, T, generator=torch.Generator().manual_seed(0))
+    x[:, 0], x[0, 1] = 0.1, 0.95
+    regions = check(Functional(BOTH[name], *QKV), x)
+    (given,) = attentions(regions)
+    assert given["mask"].meta["val"].dtype == torch.float32 and given["slopes"] is None
 
 
 def _bloom(**settings: Any) -> nn.Module:
@@ -215,18 +231,3 @@ def test_packed_sequences(implementation: str) -> None:
     assert len(found) == 2, reasons(regions)
     for given in found:
         assert given["documents"] is not None and given["causal"] and given["mask"] is None
-
-
-def test_chunks() -> None:
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
-
-    torch.manual_seed(0)
-    config = Llama4TextConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, attention_chunk_size=4, num_local_experts=2,
-        use_cache=False, moe_layers=[], pad_token_id=0,
-    )  # fmt: skip
-    _, regions = capture(Llama4ForCausalLM(config), IDS)
-    found = attentions(regions)
-    assert found and any(given["documents"] is not None for given in found), reasons(regions)
-    assert all(given["causal"] and given["mask"] is None for given in found)

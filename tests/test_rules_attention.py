@@ -211,10 +211,6 @@ REFUSALS: dict[str, tuple[Spelling, str]] = {
     "dropout on a CPU": (lambda x, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), "faster"),
     "dropout written out": (lambda x, q, k, v: F.dropout(_probabilities(q @ _kT(k)), 0.5) @ v, "faster"),
     "computed scale": (lambda x, q, k, v: _probabilities(q @ _kT(k) * x.sum()) @ v, ""),
-    "two added masks": (
-        lambda x, q, k, v: _probabilities(q @ _kT(k) + v.mean(-1, True).mT + x) @ v,
-        "neither is causal",
-    ),
     "capped after the mask": (
         lambda x, q, k, v: _probabilities(torch.tanh((q @ _kT(k) + x) / 2.0) * 2.0) @ v,
         "",

@@ -2,8 +2,8 @@
 
     softmax(q k^T * scale + mask) v,   dropout on the probabilities
 
-A pattern finds the chain; attention_finish.py then reads what the chain leaves open: heads repeated for
-grouped-query attention are unfolded, the mask is taken apart, active dropout gets the graph's seed.
+A pattern finds the chain; attention_finish.py and attention_bias.py read what it leaves open: heads repeated
+for grouped-query attention are unfolded, the mask is taken apart, active dropout gets the graph's seed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusekit.passes.pattern import Rule
-from fusekit.passes.rules.attention_finish import (
-    finish,
-    finish_added,
+from fusekit.passes.rules.attention_bias import (
     finish_added_and_filled,
     finish_added_twice,
     finish_bloom,
+    finish_scaled_bias,
+)
+from fusekit.passes.rules.attention_finish import (
+    finish,
+    finish_added,
     finish_call,
     finish_filled,
     finishing_capped,
@@ -30,6 +33,7 @@ GROUPED = {"k": "B Hkv Tk D", "v": "B Hkv Tk Dv", "q": "B Hkv*G Tq D", "mask": "
 EQUAL = {"q": "B H Tq D", "k": "B H Tk D", "v": "B H Tk Dv", "mask": "any bool Tq Tk"}
 ADDED = {**EQUAL, "mask": "any Tq Tk"}
 TWICE = {**EQUAL, "bias": "any Tq Tk", "mask": "any Tq Tk"}
+ONE_HEAD = {"k": "B 1 Tk D", "v": "B 1 Tk Dv"}  # broadcast to the queries' heads
 BLOOM = {**ADDED, "bias": "any B*H 1 Tk"}
 SINKS = {"k": "B H Tk D", "v": "B H Tk Dv", "q": "B H Tq D", "sinks": "H"}  # Tk third: letters.EIGHT
 UNMASKED = {name: shape for name, shape in EQUAL.items() if name != "mask"}
@@ -133,6 +137,13 @@ def added_twice(
     return attend((scaled_scores(q, k, scale) + bias) + mask, v, dropout)
 
 
+def scaled_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """Scaled together with the bias, in float32."""
+    return attend(((q @ k.transpose(-2, -1)).to(torch.float32) + bias) * scale + mask, v, dropout)
+
+
 def written_capped(
     q: Tensor, k: Tensor, v: Tensor, scale: float, before: float, softcap: float, dropout: float
 ) -> Tensor:
@@ -166,6 +177,7 @@ _FILLED_TWICE = {**EQUAL, "bias": "any Tq Tk"}
 CALL = "F.scaled_dot_product_attention"
 CAPPED = "written out, capped"
 SUNK = "transformers GptOssAttention"
+FALCON = "transformers FalconAttention, ALiBi"
 RULES = [
     *_rows(scaled_scores, "written out"),
     *_rows(scaled_query, "written out, scaled query"),
@@ -179,6 +191,19 @@ RULES = [
             finish=finish_added_and_filled,
         )
         for scores, how in ((scaled_scores, ""), (scaled_query, ", scaled query"))
+    ),
+    *(
+        Rule(
+            "attention", scaled_bias, f"transformers FalconAttention{how}", shapes, finish=finish_scaled_bias
+        )
+        for shapes, how in ((TWICE, ", ALiBi"), ({**TWICE, **ONE_HEAD}, ", ALiBi, shared keys"))
+    ),
+    Rule(
+        "attention",
+        added(scaled_scores),
+        "written out, shared keys, added mask",
+        {**ADDED, **ONE_HEAD},
+        finish=finish_added,
     ),
     Rule("attention", bloom, "transformers BloomAttention", BLOOM, finish=finish_bloom),
     Rule(

@@ -12,14 +12,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusekit.kernels.launch import on_gpu
 from fusekit.passes.affine import Index, Predicate
-from fusekit.passes.alibi import alibi_of, heads_apart
+from fusekit.passes.alibi import alibi_of
 from fusekit.passes.bands import band_of, is_band
 from fusekit.passes.masks import (
     Mask,
     from_band,
     predicate,
     recover,
-    recover_additive,
     recover_forbidden,
     split_additive,
 )
@@ -27,6 +26,7 @@ from fusekit.passes.pattern import SEED, Match, New
 from fusekit.passes.spelling import spell, value_of
 
 LOWEST = -3e4  # what a model fills in for "forbidden": finfo(float16).min is -65504, many write -1e9
+SWALLOWS = -1e30  # added to it, no score below 1e22 is left: finfo.min of float32 and bfloat16
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def finish_call(match: Match) -> str | None:
     """F.scaled_dot_product_attention: the mask is boolean or is added."""
     mask = match.arguments.get("mask")
     if mask is not None:
-        take = _take_boolean if value_of(mask).dtype == torch.bool else _take_added
+        take = take_boolean if value_of(mask).dtype == torch.bool else _take_added
         if reason := take(match):
             return reason
     return finish(match)
@@ -43,7 +43,7 @@ def finish_call(match: Match) -> str | None:
 
 def finish_filled(match: Match) -> str | None:
     """Scores overwritten where the mask forbids: -inf, or so low a number that exp gives zero."""
-    return _take_boolean(match) or finish(match)
+    return take_boolean(match) or finish(match)
 
 
 def finish_added(match: Match) -> str | None:
@@ -63,7 +63,7 @@ def finish(match: Match) -> str | None:
     return None
 
 
-def _take_boolean(match: Match) -> str | None:
+def take_boolean(match: Match) -> str | None:
     fill = match.arguments.get("fill", -math.inf)
     mask, node = match.arguments["mask"], match.arguments["mask"]
     if isinstance(mask, New):  # the complement of what the model has
@@ -74,11 +74,14 @@ def _take_boolean(match: Match) -> str | None:
     else:
         found = recover(mask)
     if fill != -math.inf and not found.leaves_a_key(value_of(node).shape):
+        if not match.training and fill <= SWALLOWS:
+            _add_filling(match, fill)
+            return None
         return f"masked with {fill:g}, not -inf: where a whole row is forbidden, eager shares it out evenly"
     if fill > LOWEST:
         return f"masked with {fill:g}, which a score can come near to"
     rest: Any = found.rest
-    _set_band(match, found)
+    set_band(match, found)
     match.arguments["mask"] = rest
     if rest is not mask:
         match.stands_for.pop(node, None)
@@ -87,12 +90,24 @@ def _take_boolean(match: Match) -> str | None:
     return None
 
 
+def _add_filling(match: Match, fill: float) -> None:
+    """What fills, added: a sum with so low a number is that number, so a row without keys is shared out as in
+    eager. Only its gradient would be another, that of the scores below."""
+    mask = match.arguments["mask"]
+    node = mask.args[0] if isinstance(mask, New) else mask
+    forbidden = New(aten.eq.Scalar, (node, 0))
+    if isinstance(mask, New):
+        forbidden = New(aten.ne.Scalar, (node, 0))
+    match.arguments["mask"] = New(aten.mul.Scalar, (New(aten.to.dtype, (forbidden, torch.float32)), fill))
+    match.stands_for.pop(node, None)
+
+
 def _whole(allowed: Predicate | None) -> Mask | None:
     """A mask that is a band and nothing else."""
     return from_band(band_of([allowed])) if is_band(allowed) else None
 
 
-def _set_band(match: Match, found: Mask) -> None:
+def set_band(match: Match, found: Mask) -> None:
     if found.causal or found.window is not None:
         match.arguments.update(causal=found.causal, window=found.window, offset=found.offset)
     if found.documents is not None:
@@ -108,7 +123,7 @@ def _take_added(match: Match) -> str | None:
         return "what is added to the scores is no floating point mask"
     found = split_additive(mask, LOWEST)
     if found is not None:
-        _replace_mask(match, found)
+        replace_mask(match, found)
     return None
 
 
@@ -121,7 +136,8 @@ def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> 
     ):  # beside a sink a row's constant counts
         return False
     furthest = given.get("offset", 0) if given.get("causal") and not given.get("global_ahead") else None
-    found = alibi_of(bias, furthest if isinstance(furthest, int) else None, index)
+    precision = value_of(given["q"]).dtype
+    found = alibi_of(bias, furthest if isinstance(furthest, int) else None, precision, index)
     if found is None:
         return False
     match.stands_for.pop(bias, None)
@@ -129,60 +145,8 @@ def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> 
     return True
 
 
-def finish_added_twice(match: Match) -> str | None:
-    """(scores + bias) + mask: one of the two is causal or a window, or ALiBi; the other stays a tensor."""
-    bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
-    if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
-        return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
-    for band, other in ((mask, bias), (bias, mask)):
-        found = recover_additive(band, LOWEST)
-        if found is not None:
-            _replace_mask(match, found._replace(rest=other))
-            return finish(match)
-    for alibi, other in ((bias, mask), (mask, bias)):
-        match.arguments["mask"] = alibi
-        if take_alibi(match):
-            _replace_mask(match, Mask(False, other))
-            return finish(match)
-    return "two masks are added to the scores, and neither is causal, a window or ALiBi and nothing else"
-
-
-def finish_added_and_filled(match: Match) -> str | None:
-    """(scores + bias) filled where a boolean mask forbids, as MPT: one of them is no tensor."""
-    bias = match.arguments.pop("bias")
-    if isinstance(bias, New) or not value_of(bias).is_floating_point():
-        return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
-    if reason := _take_boolean(match):
-        return reason
-    kept = match.arguments["mask"]
-    match.arguments["mask"] = bias
-    if not take_alibi(match) and kept is not None:
-        return "a bias is added to the scores beside a mask, and neither is index arithmetic alone"
-    if kept is not None:
-        match.arguments["mask"] = kept
-    elif match.arguments["mask"] is not None:
-        match.stands_for[bias] = ("mask", None)
-    return finish(match)
-
-
-def finish_bloom(match: Match) -> str | None:
-    """alibi, (batch * heads, 1, keys), where the products are added to it; and an additive mask."""
-    alibi, mask = match.arguments["bias"], match.arguments["mask"]
-    if isinstance(alibi, New) or isinstance(mask, New) or not value_of(mask).is_floating_point():
-        return "what is added to the scores is no floating point mask"
-    unfolded = heads_apart(alibi, value_of(match.arguments["q"]).shape)
-    match.arguments["bias"] = None if unfolded is None else unfolded[0]
-    if unfolded is None or not take_alibi(match, "bias", unfolded[1]):
-        return "what baddbmm adds to the scores is not ALiBi, slopes of heads times places of keys"
-    match.stands_for.pop(alibi, None)
-    del match.arguments["bias"]
-    return finish_added(match)
-
-
-def _replace_mask(match: Match, found: Mask) -> None:
-    _set_band(match, found)
+def replace_mask(match: Match, found: Mask) -> None:
+    set_band(match, found)
     match.stands_for.pop(match.arguments["mask"], None)
     match.arguments["mask"] = found.rest
     if isinstance(found.rest, fx.Node):
@@ -192,14 +156,15 @@ def _replace_mask(match: Match, found: Mask) -> None:
 def _unfold_repeated_heads(match: Match) -> None:
     """Take k and v as they were before their heads were repeated, where both were, equally often."""
     k, v = match.arguments["k"], match.arguments["v"]
-    sources = _before_repeat(k), _before_repeat(v)
-    if sources[0] is None or sources[1] is None or sources[0][1] != sources[1][1]:
+    keys, values = _before_repeat(k), _before_repeat(v)
+    if keys is None or values is None or keys[1] != values[1]:
         return
-    for name, repeated, (source, _) in (("k", k, sources[0]), ("v", v, sources[1])):
+    for node, (name, _) in list(match.stands_for.items()):
+        if name in ("k", "v"):  # as they were repeated, or the transpose of that
+            del match.stands_for[node]
+    for name, source in (("k", keys[0]), ("v", values[0])):
         match.arguments[name] = source
-        match.stands_for.pop(repeated, None)
-    for name in ("k", "v"):
-        match.stands_for[match.arguments[name]] = (name, None)
+        match.stands_for[source] = (name, None)
 
 
 def _before_repeat(node: Any) -> tuple[fx.Node, int] | None:
