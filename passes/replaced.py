@@ -47,8 +47,8 @@ def replaced_graph(
 def _outgrown(node: fx.Node, inverse: New | None, argument: Tensor) -> bool:
     """Whether `node` was matched with an argument that has since become another one.
 
-    A match of grouped heads takes k as it was before its heads were repeated; k transposed, which the match has
-    been through as well, is still made of the repeated ones, and is copied with all it needs.
+    A match of grouped heads takes k as it was before its heads were repeated. k transposed, which the match
+    has been through as well, is still made of the repeated ones, and is copied with all it needs.
     """
     if inverse is None:
         return False

@@ -119,7 +119,9 @@ def check_replaced(node: fx.Node) -> None:
         elif other.op == "call_function":
             propagate(other)
     (result,) = fusion.eager.graph.output_node().args
-    pairs = zip(tensors_of(fx.map_arg(result, lambda n: n.meta["val"])), tensors_of(node.meta["val"]), strict=True)
+    pairs = zip(
+        tensors_of(fx.map_arg(result, lambda n: n.meta["val"])), tensors_of(node.meta["val"]), strict=True
+    )
     for replaced, fused in pairs:
         assert replaced.shape == fused.shape, f"{fusion.site}: {fusion.eager.graph}"
 
