@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fusekit.passes.fused_call import run_fake
-from fusekit.passes.normalise import is_mutation, same_shape
+from fusekit.passes.normalise import is_mutation
 from fusekit.passes.pattern import Match, New
 from fusekit.passes.spelling import value_of
 
@@ -31,7 +30,7 @@ def replaced_graph(
     """
     builder = _Builder(tensors)
     for node, (name, inverse) in match.stands_for.items():
-        if name in builder.arguments and not _outgrown(node, inverse, tensors[name]):
+        if name in builder.arguments:
             builder.copies[node] = builder.from_argument(builder.arguments[name], inverse)
     outputs = [builder.copy(node) for node in match.outputs]
     for _ in range(results - len(outputs)):
@@ -42,18 +41,6 @@ def replaced_graph(
     owner = match.root.graph.owning_module
     assert owner is not None, "a captured graph belongs to its module"
     return fx.GraphModule(owner, builder.graph), (*[None] * len(tensors), *builder.extra)
-
-
-def _outgrown(node: fx.Node, inverse: New | None, argument: Tensor) -> bool:
-    """Whether `node` was matched with an argument that has since become another one.
-
-    A match of grouped heads takes k as it was before its heads were repeated. k transposed, which the match
-    has been through as well, is still made of the repeated ones, and is copied with all it needs.
-    """
-    if inverse is None:
-        return False
-    made = run_fake(inverse.target, (argument, *inverse.args[1:]), node)
-    return not same_shape(value_of(node).shape, made.shape)
 
 
 class _Builder:
