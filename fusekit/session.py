@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
@@ -93,10 +94,11 @@ class Session:
         breaks, skipped = _compat.take_graph_breaks() if heard else ([], [])
         self._listening = self.unsettled = False
         self.graph_breaks += [text for text in breaks if text not in self.graph_breaks]
-        _given_up.update({frame.code: frame for frame in skipped})
-        codes = {_code(module) for module in self.model.modules()} | {frame.code for frame in skipped}
-        for code in codes & _given_up.keys():
-            self.capture.fail(_given_up[code].line, _given_up[code].reason)
+        forwards = {_forward(type(module)) for module in self.model.modules()}
+        for frame in skipped:
+            _given_up.update({forward: frame for forward in forwards if forward.called == frame.code})
+        for frame in [*skipped, *(_given_up[forward] for forward in forwards & _given_up.keys())]:
+            self.capture.fail(frame.line, frame.reason)
         if self.settings.strict:
             self._insist()
 
@@ -112,12 +114,27 @@ class Session:
 # What these are made of are bare products, which strict leaves to the library one by one as well.
 UNFUSED_BY_CHOICE = frozenset({"qkv_linear", "linear_fp8", "attention_fp8"})
 
+
+class _Forward(NamedTuple):
+    """Where a forward is written: the code that is called, and the one inside its decorators.
+
+    Classes with one decorator call one code: that Dynamo gave it up around one says nothing of another.
+    """
+
+    called: tuple[str, int]
+    written: tuple[str, int]
+
+
 # Dynamo gives a piece of code up once for the whole process and says nothing the next time.
-_given_up: dict[tuple[str, int], _compat.Skipped] = {}
+_given_up: dict[_Forward, _compat.Skipped] = {}
 
 
-def _code(module: nn.Module) -> tuple[str, int]:
-    code = getattr(type(module).forward, "__code__", None)
+def _forward(kind: type[nn.Module]) -> _Forward:
+    return _Forward(_code(kind.forward), _code(inspect.unwrap(kind.forward)))
+
+
+def _code(function: Any) -> tuple[str, int]:
+    code = getattr(function, "__code__", None)
     return (code.co_filename, code.co_firstlineno) if code else ("", 0)
 
 

@@ -58,6 +58,7 @@ _CAST = {aten.to, aten._to_copy, aten.type_as}
 # Views of the bits: a pair of bfloat16 is no complex number, and other bits are other integers.
 _BITS = {aten.view.dtype, aten.view_as_complex.default}
 
+_FILLS = {aten.full, aten.full_like, aten.masked_fill, aten.new_full, aten.where}
 _MASKING = {aten.add, aten.sub, aten.where}
 _SOFTMAX = {aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax}
 
@@ -134,6 +135,43 @@ def masks_scores(node: fx.Node) -> bool:
 
 def _packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", None)
+
+
+def fills_beyond(node: fx.Node, low: torch.dtype) -> bool:
+    """Whether this writes a finite literal that the low dtype does not hold into a tensor, as into masks."""
+    return _packet(node) in _FILLS and overflows(node, low)
+
+
+def enters_product(fill: fx.Node, low: torch.dtype) -> bool:
+    """Whether a matmul multiplies what was filled, as Longformer does to spread its mask over a window.
+
+    Cast down, finfo(float32).min would be minus infinity there, and a row of it NaN.
+    """
+    pending, seen = [fill], {fill}
+    while pending:
+        node = pending.pop()
+        for reader in node.users:
+            policy = policy_of(reader, low) if reader.op == "call_function" else None
+            if policy is Policy.LOW and not is_mask(reader, node):
+                return True
+            if policy in (Policy.FLOW, Policy.MOVE, Policy.CAST) and reader not in seen:
+                seen.add(reader)
+                pending.append(reader)
+    return False
+
+
+def is_mask(node: fx.Node, source: fx.Node) -> bool:
+    """An additive mask stays float32: finfo(float32).min would round to minus infinity. So do ALiBi's slopes
+    and the places that they multiply: 2049 has no bfloat16."""
+    if getattr(node.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
+        names: tuple[str, ...] = ("attn_mask",)
+    elif getattr(node.target, "_opname", "") == "attention":
+        names = ("mask", "slopes", "places")
+    else:
+        return False
+    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(schema, node.args, strict=False)), **node.kwargs}
+    return any(given.get(name) is source for name in names)
 
 
 def saturate(node: fx.Node, low: torch.dtype) -> None:

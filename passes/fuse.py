@@ -243,6 +243,8 @@ class _Fuser:
         read = {source for node in match.nodes for source in node.all_input_nodes}
         for node in set(operands(match.arguments)) - read:
             written = self.writes.get(memory(value_of(node)), ())
+            if _read_as_a_view(node, match, read):
+                continue  # by the match itself, as its other arguments: what was written before, it sees
             if any(min(node.users) < write < before for write in written):
                 return f"{node.name} is written to in place between its reader and this site"
         return None
@@ -290,6 +292,13 @@ def _switches_gradients(region: Region) -> bool:
     switch = _compat.set_grad_enabled
     modules = bodies(region.module)
     return any(module.graph.find_nodes(op="call_function", target=switch) for module in modules)
+
+
+def _read_as_a_view(node: fx.Node, match: Match, read: set[fx.Node]) -> bool:
+    """Whether all that the match has of an argument are views of it, as k transposed, and no earlier copy."""
+    names = {name for name, value in match.arguments.items() if value is node}
+    seen = [n for n, (name, _) in match.stands_for.items() if name in names and n is not node]
+    return bool(seen) and all(n in read and memory(value_of(n)) == memory(value_of(node)) for n in seen)
 
 
 def _sentence(miss: Miss) -> str:

@@ -19,6 +19,9 @@ from fusekit.passes.canonicalise import call_checkpoint
 from fusekit.passes.casts import Casts
 from fusekit.passes.dtype_policy import (
     Policy,
+    enters_product,
+    fills_beyond,
+    is_mask,
     masks_scores,
     overflows,
     policy_of,
@@ -95,6 +98,8 @@ class Lowering:
         return True
 
     def _lower(self, node: fx.Node) -> None:
+        if fills_beyond(node, self.low) and enters_product(node, self.low):
+            saturate(node, self.low)
         policy = Policy.FLOAT32 if _full_precision(node) else policy_of(node, self.low)
         if node.target is call_checkpoint:
             self._lower_checkpoint(node)
@@ -164,7 +169,7 @@ class Lowering:
 
     def _bring_down(self, node: fx.Node, inputs: Iterable[fx.Node]) -> None:
         for source in inputs:
-            if self.casts.is_single(source) and not _is_mask(node, source):
+            if self.casts.is_single(source) and not is_mask(node, source):
                 self.casts.replace(node, source, self.casts.down(source, node))
 
     def _bring_up(self, node: fx.Node) -> None:
@@ -255,20 +260,6 @@ def _full_precision(node: fx.Node) -> bool:
     fusion = node.meta.get("fusion")
     replaced = fusion.eager.graph.nodes if fusion is not None and fusion.eager is not None else ()
     return any(n.meta.get("full_precision", False) for n in (node, *replaced))
-
-
-def _is_mask(node: fx.Node, source: fx.Node) -> bool:
-    """An additive mask stays float32: finfo(float32).min would round to minus infinity. So do ALiBi's slopes
-    and the places that they multiply: 2049 has no bfloat16."""
-    if getattr(node.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
-        names: tuple[str, ...] = ("attn_mask",)
-    elif getattr(node.target, "_opname", "") == "attention":
-        names = ("mask", "slopes", "places")
-    else:
-        return False
-    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(schema, node.args, strict=False)), **node.kwargs}
-    return any(given.get(name) is source for name in names)
 
 
 def _nodes(values: Iterable[Any]) -> list[fx.Node]:

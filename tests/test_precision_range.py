@@ -36,6 +36,12 @@ def _filled_in_place(scores: Tensor, allowed: Tensor, lowest: Tensor) -> Tensor:
     return flat.view(4, 6, 6)
 
 
+def _spread(scores: Tensor, allowed: Tensor, lowest: Tensor) -> Tensor:
+    """Each query's mask multiplied into place, as Longformer spreads a mask of keys over its window."""
+    filled = torch.zeros_like(scores).masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    return scores + torch.eye(6).expand(4, 6, 6) @ filled.reshape(4, 6, 6)
+
+
 MASKS: dict[str, Callable[..., Tensor]] = {
     "a buffer is added": lambda scores, allowed, lowest: scores + lowest,
     "a full tensor is chosen": lambda scores, allowed, lowest: torch.where(
@@ -43,6 +49,7 @@ MASKS: dict[str, Callable[..., Tensor]] = {
     ),
     "a constant is chosen": lambda scores, allowed, lowest: torch.where(allowed, scores, torch.tensor(-1e9)),
     "a literal is filled in in place": _filled_in_place,
+    "a product spreads what was filled": _spread,
 }
 
 

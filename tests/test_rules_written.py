@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_checks import Functional, capture, check
+from rule_checks import Functional, capture, check, reasons, sites
 from torch import Tensor
 
 
@@ -80,6 +80,39 @@ def copy_made_by_a_reshape(x: Tensor, weight: Tensor) -> Tensor:
     return joined + (out * out).sum()
 
 
+def keys_put_together_in_place(x: Tensor, weight: Tensor) -> Tensor:
+    """As DeepSeek-V3 joins the two parts of its keys."""
+    q, k, v = _heads(x, weight)
+    keys = k.new_empty(k.shape)
+    keys[..., :1].copy_(k[..., :1])
+    keys[..., 1:].copy_(k[..., 1:])
+    return _scores(q, keys).softmax(-1) @ v
+
+
+def keys_written_between_view_and_scores(x: Tensor, weight: Tensor) -> Tensor:
+    q, k, v = _heads(x, weight)
+    k = k.clone(memory_format=torch.contiguous_format)
+    transposed = k.transpose(-2, -1)
+    k.view(-1).mul_(3.0)
+    return (q @ transposed).softmax(-1) @ v
+
+
+def keys_copied_before_the_write(x: Tensor, weight: Tensor) -> Tensor:
+    q, k, v = _heads(x, weight)
+    k = k.clone(memory_format=torch.contiguous_format)
+    transposed = k.transpose(-2, -1).contiguous()
+    k.view(-1).mul_(3.0)
+    return (q @ transposed).softmax(-1) @ v + k.sum()
+
+
+def keys_written_behind_their_scores(x: Tensor, weight: Tensor) -> Tensor:
+    q, k, v = _heads(x, weight)
+    q, k = q.detach(), k.detach().clone(memory_format=torch.contiguous_format)
+    scores = _scores(q, k)
+    k.view(-1).mul_(3.0)
+    return scores.softmax(-1) @ v + k.sum()
+
+
 CASES: list[Callable[..., Tensor]] = [
     prefix_of_a_boolean_mask,
     prefix_of_an_added_mask,
@@ -88,6 +121,10 @@ CASES: list[Callable[..., Tensor]] = [
     conjunction_taken_before_the_write,
     heads_repeated_before_the_write,
     copy_made_by_a_reshape,
+    keys_put_together_in_place,
+    keys_written_between_view_and_scores,
+    keys_copied_before_the_write,
+    keys_written_behind_their_scores,
 ]
 
 
@@ -95,6 +132,16 @@ CASES: list[Callable[..., Tensor]] = [
 def test_attention_sees_what_eager_saw(function: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     check(Functional(function, (8, 24)), torch.randn(2, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "function, fused", [(keys_put_together_in_place, 1), (keys_written_behind_their_scores, 0)]
+)
+def test_keys_seen_as_a_view_are_read_when_the_scores_are(
+    function: Callable[..., Tensor], fused: int
+) -> None:
+    regions = check(Functional(function, (8, 24)), torch.randn(2, 6, 8))
+    assert sites(regions)["attention"] == fused, reasons(regions)
 
 
 def _written_after_joining_nothing(x: Tensor) -> Tensor:
