@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fusekit.certificate import SiteCertificate
+from fusekit.exact_sdpa import BySoftmax
 from fusekit.fp8_check import check_attention_fp8, check_fp8
 from fusekit.kernels import FP8_OPS, OPS, attention, linear_fp8
 from fusekit.kernels.norm_fp8 import WITH_CODES
@@ -142,7 +143,8 @@ class _Replaced:
         return {name: t.to(like[name].dtype) for name, t in self._renamed(found, like).items()}
 
     def truth(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
-        found = results_and_grads(self.wide, widen(self._inputs(args)))
+        with BySoftmax():
+            found = results_and_grads(self.wide, widen(self._inputs(args)))
         return self._renamed(found, None)
 
     def _renamed(self, found: dict[str, Tensor], like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
