@@ -70,7 +70,7 @@ def certify_site(call: SiteCall, *, timed: bool = True) -> SiteCertificate:
         MEASURE[fusion.op](*args)  # what is certified below is whoever runs from now on
     if "dropout" in names:
         args = _replace(args, names.index("dropout"), 0.0)
-    eager, fused = _Replaced(fusion, args, call.extra), call_target(call.target)
+    eager, fused = _Replaced(fusion, args, call.extra, names), call_target(call.target)
     checks = _checks(call, args, eager, fused)
     if fusion.op in RETREAT and (reason := _reason(checks)) and (left := RETREAT[fusion.op](reason, *args)):
         warnings.warn(
@@ -119,7 +119,9 @@ def _reason(checks: list[Verdict]) -> str:
 class _Replaced:
     """The nodes a fusion replaced, callable with the fused op's arguments."""
 
-    def __init__(self, fusion: Fusion, args: tuple[Any, ...], extra: Mapping[str, Any]) -> None:
+    def __init__(
+        self, fusion: Fusion, args: tuple[Any, ...], extra: Mapping[str, Any], names: list[str]
+    ) -> None:
         assert fusion.eager is not None
         self.module = _rewritten(fusion.eager, _dropout_off)
         self.wide = _rewritten(self.module, _widen_literals)
@@ -127,6 +129,13 @@ class _Replaced:
         # What later passes gave the fused node, delayed scales, comes after what it was matched with.
         self.positions = positions[: fusion.inputs.count(None)]
         self.extra = tuple(extra[name] for name in fusion.inputs if name is not None)
+        self.apart = self._made_for_the_op(names)
+
+    def _made_for_the_op(self, names: list[str]) -> set[int]:
+        """A mask that joins several of the model's: what was replaced reads those, and has no gradient for
+        it. Theirs are checked in the whole model."""
+        inputs = self.module.graph.find_nodes(op="placeholder")[: len(self.positions)]
+        return {i for i, own in enumerate(inputs) if not own.users and names[self.positions[i]] == "mask"}
 
     def _inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*(args[i] for i in self.positions), *self.extra)
@@ -154,7 +163,7 @@ class _Replaced:
         for name, t in found.items():
             if name.startswith("grad_"):
                 position = int(name.removeprefix("grad_"))
-                if position >= len(self.positions):
+                if position >= len(self.positions) or position in self.apart:
                     continue  # a graph input beside the op's arguments: nothing to compare with
                 name = f"grad_{self.positions[position]}"
             elif name == "output" and self._tuple:

@@ -29,9 +29,8 @@ from fusekit.kernels.attention_tiles import capped_scores, head_offset, load_row
 from fusekit.kernels.launch import capability, launch, recording
 
 MOST_QUERIES = 16
-FIELDS = frozenset(
-    {"slopes", "places", "documents", "key_documents"}
-)  # of a form, beyond what libraries know
+# Fields of a form, beyond what libraries know.
+FIELDS = frozenset({"slopes", "places", "documents", "key_documents"})
 LEAST_KEYS = 128  # that are seen: fewer are one program's short walk, and a second kernel costs more
 MOST_PARTS = 128
 PROGRAMS_PER_SM = 2
@@ -125,11 +124,11 @@ def _part_kernel(
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        p = tl.exp2(scores - base[:, None]).to(v_ptr.dtype.element_ty)
+        p = tl.exp2(scores - base[:, None])
         rescale = tl.exp2(largest - base)
-        total = total * rescale + tl.sum(p.to(tl.float32), 1)
+        total = total * rescale + tl.sum(p, 1)
         v = load_rows(v_ptr, n, stride_vn, stride_vd, Tk, DV, BLOCK_DV)
-        acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         largest = new_largest
 
     rows = part.to(tl.int64) * rows_total + (batch * H + heads).to(tl.int64) * Tq + m

@@ -68,7 +68,7 @@ CONFIGS_SM90 = {
 # grad_key_value, no mask: heads that share keys, bands, caps, ALiBi, documents; features that do not fill
 # 128; 128 features on sm_80, where Triton 3.6 spills
 NARROWER = {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
-FORWARD_SM80 = (128, 32, 8, 3)  # features that do not fill 128
+FORWARD_SM80 = (128, 32, 8, 3)  # features that do not fill 128, documents
 # Two or more of a mask, dropout, a cap, ALiBi, documents and global tokens: registers for all of them.
 COMBINED = {
     "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
@@ -125,7 +125,7 @@ def _blocks(
     partial = widest == 128 and min(q.shape[-1], v.shape[-1]) < 128
     on_sm80 = widest == 128 and target_of(capability(q)) == "sm_80"
     if kernel == "forward":
-        return FORWARD_SM80 if partial and on_sm80 else plain
+        return FORWARD_SM80 if on_sm80 and (partial or form.documents is not None) else plain
     if kernel == "grad_key_value" and (more or partial or on_sm80):
         return NARROWER[widest]
     return plain

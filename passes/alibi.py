@@ -229,6 +229,8 @@ def _split(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     inner = node
     while spell(inner).name in ("reshape", "to", "clone", "contiguous") and not is_written(inner):
         inner = spell(inner).args[0]
+        if not value_of(inner).is_floating_point():
+            return None  # a cast to whole numbers, or from them
         if spell(node).name == "reshape" and (found := reshaped(node, inner, index)) is not None:
             return inner, found
     return None

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
 
 from fusekit.passes.canonicalise import bodies, call_checkpoint
 from fusekit.passes.gradient import needs_gradient
@@ -29,6 +30,7 @@ _AROUND_SCORES = {
     "add", "and", "baddbmm", "clone", "contiguous", "div", "dropout", "expand", "masked_fill", "mul", "ne",
     "neg", "not", "reshape", "slice", "sub", "to", "unsqueeze", "where",
 }  # fmt: skip
+_WORK = frozenset({"linear", "matmul", "softmax", "layer_norm", "rms_norm", "embedding", "sdpa", "sort"})
 SUNK = "sunk"  # meta of a copy: the node outside that it is a copy of
 
 
@@ -114,7 +116,7 @@ class _Sinking:
             return False
         if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
             return False
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or _is_work(node):
             return False
         return not any(map(self.may_change, (node, *node.all_input_nodes)))
 
@@ -127,6 +129,12 @@ class _Sinking:
         if outside not in self.inside:
             self.inside[outside] = _new_input(self.call, self.placeholders, outside)
         return self.inside[outside]
+
+
+def _is_work(node: fx.Node) -> bool:
+    """Whether making it once for all layers is worth more than what a rule may read in it."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in flop_registry or spell(node).name in _WORK
 
 
 def _new_input(call: fx.Node, placeholders: list[fx.Node], outside: fx.Node) -> fx.Node:
@@ -198,6 +206,8 @@ def _lift(call: fx.Node, body: fx.GraphModule) -> None:
 
 def _drop_unread(call: fx.Node, placeholders: list[fx.Node]) -> None:
     """Pass no input that nobody reads, and make none of what was read by nobody else."""
+    if not placeholders:
+        return
     fusions = [n.meta["fusion"] for n in placeholders[0].graph.nodes if "fusion" in n.meta]
     named = {name for fusion in fusions for name in fusion.inputs}  # what a site that is put back reads
     unread = {own for own in placeholders if not own.users and own.name not in named}

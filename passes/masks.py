@@ -165,7 +165,7 @@ def recover_forbidden(mask: fx.Node) -> Mask | None:
     name, args = spell(mask)
     if name == "to" and _is_floating(args[0]):  # MPT's: finfo.min is true, and 0 false
         return _chosen(args[0], -math.ulp(0.0))
-    if name == "lt" and _is_floating(args[0]) and isinstance(args[1], (int, float)) and args[1] <= 0:
+    if name == "lt" and _is_floating(args[0]) and _is_at_most_zero(args[1]):
         return _chosen(args[0], 2 * args[1] - 1)  # Falcon's: finfo.min is below -1, however cast; 0 not
     if value_of(mask).dtype == torch.bool:
         found = _joined(parts_of(mask, forbidden=True))
@@ -198,6 +198,10 @@ def split_additive(mask: fx.Node, lowest: float) -> Mask | None:
         if found.leaves_a_key(value_of(args[0]).shape) and _is_low(constant(args[2]), lowest):
             return found._replace(rest=args[1])
     return recover_additive(mask, lowest)
+
+
+def _is_at_most_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -math.inf < value <= 0
 
 
 def _is_floating(node: Any) -> bool:

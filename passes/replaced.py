@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from fusekit.passes.gradient import in_no_grad
+from fusekit.passes.index_arithmetic import is_written
 from fusekit.passes.normalise import is_mutation
 from fusekit.passes.pattern import Match, New
 from fusekit.passes.spelling import value_of
@@ -29,9 +30,10 @@ def replaced_graph(
     Raises:
         NotSelfContained: a value comes from elsewhere in the graph.
     """
-    builder = _Builder(tensors, in_no_grad(match.root.graph))
+    builder = _Builder(tensors, match)
     for node, (name, inverse) in match.stands_for.items():
-        if name in builder.arguments:
+        # Of a mask that has become another argument since, what the pattern made is made of it again.
+        if name in builder.arguments and (name != "mask" or node is match.arguments["mask"]):
             builder.copies[node] = builder.from_argument(builder.arguments[name], inverse)
     outputs = [builder.copy(node) for node in match.outputs]
     for _ in range(results - len(outputs)):
@@ -45,8 +47,9 @@ def replaced_graph(
 
 
 class _Builder:
-    def __init__(self, tensors: dict[str, Tensor], without_grad: set[fx.Node]) -> None:
-        self.graph, self.without_grad = fx.Graph(), without_grad
+    def __init__(self, tensors: dict[str, Tensor], match: Match) -> None:
+        self.graph, self.without_grad = fx.Graph(), in_no_grad(match.root.graph)
+        self.matched = set(match.nodes)
         self.arguments = {name: self.graph.placeholder(name) for name in tensors}
         for name, placeholder in self.arguments.items():
             placeholder.meta["val"] = tensors[name]
@@ -101,6 +104,13 @@ class _Builder:
                     return self.graph.call_function(torch.ops.aten.sym_size.int, (placeholder, dim))
         return None
 
+    def may_differ(self, node: fx.Node) -> bool:
+        """Whether it is not what was matched, and made again at the site would be something else."""
+        if node in self.matched:
+            return False
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        return random or (isinstance(value_of(node), Tensor) and is_written(node))
+
     def needed(self, root: fx.Node) -> list[fx.Node]:
         """What `root` depends on beyond what is copied already, in graph order."""
         found: set[fx.Node] = set()
@@ -113,7 +123,7 @@ class _Builder:
                 self.copies[node] = size
                 continue
             found.add(node)
-            if is_mutation(node) or len(found) > MOST_NODES:
+            if is_mutation(node) or len(found) > MOST_NODES or self.may_differ(node):
                 raise NotSelfContained(f"{root.name} depends on {node.name}")
             pending += node.all_input_nodes
         return sorted(found)

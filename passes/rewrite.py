@@ -15,7 +15,7 @@ from torch import fx
 from fusekit.kernels.op import Op
 from fusekit.passes.fused_call import as_tuple, layout_shows, value_in
 from fusekit.passes.gradient import needs_gradient
-from fusekit.passes.normalise import is_mutation, same_shape, writes
+from fusekit.passes.normalise import is_mutation, is_view, same_shape, writes
 from fusekit.passes.pattern import SEED, Match, New
 from fusekit.passes.region import Fusion
 from fusekit.passes.spelling import value_of
@@ -132,10 +132,16 @@ def merge_copies(graph: fx.Graph) -> None:
     first: dict[str, fx.Node] = {}
     for node in [node for node in graph.nodes if node.meta.get("put_back") and is_disposable(node)]:
         other = first.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
-        handed_out = any(user.op == "output" for user in node.users)
-        if other is not node and not handed_out and not needs_gradient(node):
+        if other is node or needs_gradient(node):
+            continue
+        if not (_is_handed_out(node) or _is_handed_out(other)):
             node.replace_all_uses_with(other)
             graph.erase_node(node)
+
+
+def _is_handed_out(node: fx.Node) -> bool:
+    """Whether the caller gets it, or a view of it."""
+    return any(user.op == "output" or (is_view(user) and _is_handed_out(user)) for user in node.users)
 
 
 def is_disposable(node: fx.Node) -> bool:
