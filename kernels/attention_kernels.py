@@ -63,10 +63,12 @@ def _forward_blocks(
         base = new_largest
         if MASK != 0 or BAND == 2 or DOCUMENTS:
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        # Added up as they meet v, rounded: weights that add up to one, whichever way they went.
         p = tl.exp2(scores * factor - base[:, None]).to(v_ptr.dtype.element_ty)
         rescale = tl.exp2(largest - base)
-        total = total * rescale + tl.sum(p.to(tl.float32), 1)
+        if p.dtype == tl.float32:
+            total = total * rescale + tl.sum(p, 1)
+        else:  # added up as they meet v, rounded, and by the same units: weights that add up to one
+            total = tl.dot(p, tl.full((BLOCK_N, total.shape[1]), 1.0, p.dtype), total * rescale[:, None])
         if DROPOUT:
             p = tl.where(kept(seed, head_index, m[:, None], n[None, :], Tq, Tk, dropout), p, 0.0)
         v = load_rows(v_ptr, n, stride_vn, stride_vd, Tk, DV, BLOCK_DV)
@@ -126,7 +128,10 @@ def _forward_kernel(
             BLOCK_M, BLOCK_N, DOCUMENTS, GLOBALS,
         )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    if v_ptr.dtype.element_ty == tl.float32:
+        total = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        total = tl.zeros((BLOCK_M, 16 if BLOCK_N < 128 else 8), tl.float32)  # 8: for its shared memory
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     # A mask and documents are read everywhere, a window has two edges: one loop does.
     if MASK == 0 and BAND != 2 and not DOCUMENTS:
@@ -150,6 +155,8 @@ def _forward_kernel(
         MASK, BAND, CAP, DROPOUT, True, ALIBI, DOCUMENTS, GLOBALS, PRECISION, FOLDED,
     )  # fmt: skip
 
+    if v_ptr.dtype.element_ty != tl.float32:
+        total = tl.max(total, 1)  # columns are alike
     if sinks_ptr is not None:  # one logit more in the sum, which brings no value
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
         base = tl.maximum(largest, sink)

@@ -69,6 +69,7 @@ CONFIGS_SM90 = {
 # 128; 128 features on sm_80, where Triton 3.6 spills
 NARROWER = {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
 FORWARD_SM80 = (128, 32, 8, 3)  # features that do not fill 128, documents
+MASKED_SM80 = (128, 16, 8, 1)  # up to 64 features
 # Two or more of a mask, dropout, a cap, ALiBi, documents and global tokens: registers for all of them.
 COMBINED = {
     "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
@@ -115,7 +116,8 @@ def _blocks(
     if form.dropout > 0.0:
         return dropping
     if form.mask is not None:
-        return masked
+        on_sm80 = (kernel, widest) == ("forward", 64) and target_of(capability(q)) == "sm_80"
+        return MASKED_SM80 if on_sm80 else masked
     if form.has_globals and (kernel, widest) in GLOBALS:
         return GLOBALS[kernel, widest]
     if not more and not rounded and min(q.shape[-1], v.shape[-1]) == widest:

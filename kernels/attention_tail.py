@@ -6,7 +6,7 @@ mean stays in dS, and where keys have a part in common as well, it adds up in dq
 tests/gpu/test_attention_tail.py dq is 105 to 425 rounding floors off; softmax and products one by one are 11
 to 16 off, and dq 11 to 13 with the tail. (On a CPU the backward pass computes y again.)
 
-That holds for weights P that add up to one as they meet v, rounded: the forward kernel adds them up rounded.
+That holds for weights P that add up to one as they meet v: the kernel sums them rounded, by a product.
 
 The tail is int8: the bits of y in float32 less those of y rounded, in steps of 2^8 for bfloat16 and of 2^5
 for float16, so that both together have 16 and 19 bits of significand. y is rounded to nearest, at most half
