@@ -5,7 +5,9 @@
     operand = fp8_operand(y, recipe, ..., maxima=maxima)
 
 One element where one scale serves a tensor; M + N with scales of rows, of y's rows and then of its columns.
-A CPU keeps none and looks again: there what is quantised is swept in blocks that stay in cache.
+A CPU keeps none and looks again: there what is quantised is swept in blocks that stay in cache. So do GPUs
+other than sm_90: the products that count spill registers on sm_80, and on sm_100 Triton 3.6 does not compile
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from fusekit.kernels.launch import on_gpu
+from fusekit.kernels.config_table import target_of
+from fusekit.kernels.launch import capability, on_gpu
 from fusekit.kernels.library import define
 from fusekit.kernels.recipe import Recipe
 
@@ -45,7 +48,7 @@ def why_not(maxima: Tensor, x: Tensor, weight: Tensor, recipe: Recipe) -> str | 
 
 def _make(x: Tensor, weight: Tensor, recipe: str) -> Tensor:
     chosen = Recipe.parse(recipe)
-    if not on_gpu(x) or not helps(chosen):
+    if not on_gpu(x) or not helps(chosen) or target_of(capability(x)) != "sm_90":
         return x.new_empty((0,), dtype=torch.float32)
     size = 1 if chosen.scaling == "tensor" else math.prod(x.shape[:-1]) + weight.shape[0]
     return x.new_zeros((size,), dtype=torch.float32)

@@ -59,9 +59,10 @@ def _planned(found: Specialisation, build: tuple[str, Any], widest: set[str]) ->
 
 
 def _widest(specialisations: list[Specialisation]) -> set[str]:
-    """Of those that differ in activation, optional tensors and strides only, the one with most tensors."""
+    """Of those that differ in activation, optional tensors and strides only, the one with most tensors;
+    none of float16, which is not asked for where these are."""
     groups: dict[tuple[Any, ...], Specialisation] = {}
-    for found in specialisations:
+    for found in (s for s in specialisations if "*fp16" not in s.signature.values()):
         kinds = (bool, int, str) if found.bench else (bool, str)  # odd sizes: whatever their blocks are
         shape = [(k, v) for k, v in found.constexprs.items() if k.isupper() and type(v) in kinds]
         dtype = next(v for v in found.signature.values() if str(v).startswith("*"))
