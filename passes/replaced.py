@@ -14,6 +14,10 @@ from fusekit.passes.spelling import value_of
 MOST_NODES = 200  # a mask's arithmetic is some 20 nodes; beyond this the walk has left the mask
 
 
+# What makes one mask of several, which are then made again from further back.
+_JOINING = (torch.ops.aten.add.Tensor, torch.ops.aten.masked_fill.Scalar, torch.ops.aten.mul.Scalar)
+
+
 class NotSelfContained(Exception):
     """The replaced nodes cannot be recomputed from the fused op's arguments and the graph's inputs."""
 
@@ -50,6 +54,8 @@ class _Builder:
     def __init__(self, tensors: dict[str, Tensor], match: Match) -> None:
         self.graph, self.without_grad = fx.Graph(), in_no_grad(match.root.graph)
         self.matched = set(match.nodes)
+        mask = match.arguments.get("mask")
+        self.joined = isinstance(mask, New) and mask.target in _JOINING
         self.arguments = {name: self.graph.placeholder(name) for name in tensors}
         for name, placeholder in self.arguments.items():
             placeholder.meta["val"] = tensors[name]
@@ -109,7 +115,7 @@ class _Builder:
         if node in self.matched:
             return False
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        return random or (isinstance(value_of(node), Tensor) and is_written(node))
+        return random or (self.joined and isinstance(value_of(node), Tensor) and is_written(node))
 
     def needed(self, root: fx.Node) -> list[fx.Node]:
         """What `root` depends on beyond what is copied already, in graph order."""
