@@ -214,7 +214,7 @@ class _Fuser:
         if reason := differs(match, results):
             return reason
         try:
-            eager, inputs = replaced_graph(match, tensors(values), len(as_tuple(results)))
+            eager, inputs = replaced_graph(match, tensors(values), len(as_tuple(results)), self.writes)
         except NotSelfContained as outside:
             return f"the replaced nodes cannot be recomputed alone: {outside}"
         fusion = self.describe(match, values, eager, inputs)

@@ -119,6 +119,16 @@ class Match:
     def root(self) -> fx.Node:
         return self.outputs[0]
 
+    def become(self, name: str, argument: Any) -> None:
+        """Give the op another argument of this name: what stood for the last, also as its complement or
+        transpose, stands for none any more."""
+        if argument is self.arguments.get(name):
+            return
+        self.arguments[name] = argument
+        self.stands_for = {node: made for node, made in self.stands_for.items() if made[0] != name}
+        if isinstance(argument, fx.Node):
+            self.stands_for[argument] = (name, None)
+
 
 @dataclass(frozen=True)
 class Miss:

@@ -6,16 +6,12 @@ import torch
 from torch import Tensor, fx
 
 from fusekit.passes.gradient import in_no_grad
-from fusekit.passes.index_arithmetic import is_written
-from fusekit.passes.normalise import is_mutation
+from fusekit.passes.normalise import is_mutation, memory
 from fusekit.passes.pattern import Match, New
 from fusekit.passes.spelling import value_of
 
+Writes = dict[int | None, list[fx.Node]]
 MOST_NODES = 200  # a mask's arithmetic is some 20 nodes; beyond this the walk has left the mask
-
-
-# What makes one mask of several, which are then made again from further back.
-_JOINING = (torch.ops.aten.add.Tensor, torch.ops.aten.masked_fill.Scalar, torch.ops.aten.mul.Scalar)
 
 
 class NotSelfContained(Exception):
@@ -23,21 +19,21 @@ class NotSelfContained(Exception):
 
 
 def replaced_graph(
-    match: Match, tensors: dict[str, Tensor], results: int
+    match: Match, tensors: dict[str, Tensor], results: int, written: Writes
 ) -> tuple[fx.GraphModule, tuple[str | None, ...]]:
     """The replaced nodes as a GraphModule, and its inputs as `Fusion.inputs` lists them.
 
     Args:
         tensors: the fused node's tensor arguments, in order, as fakes.
         results: how many tensors the op returns; those that the pattern does not compute are empty.
+        written: the graph's nodes that write in place, by memory.
 
     Raises:
         NotSelfContained: a value comes from elsewhere in the graph.
     """
-    builder = _Builder(tensors, match)
+    builder = _Builder(tensors, match, written)
     for node, (name, inverse) in match.stands_for.items():
-        # Of a mask that has become another argument since, what the pattern made is made of it again.
-        if name in builder.arguments and (name != "mask" or node is match.arguments["mask"]):
+        if name in builder.arguments:
             builder.copies[node] = builder.from_argument(builder.arguments[name], inverse)
     outputs = [builder.copy(node) for node in match.outputs]
     for _ in range(results - len(outputs)):
@@ -51,11 +47,9 @@ def replaced_graph(
 
 
 class _Builder:
-    def __init__(self, tensors: dict[str, Tensor], match: Match) -> None:
+    def __init__(self, tensors: dict[str, Tensor], match: Match, written: Writes) -> None:
         self.graph, self.without_grad = fx.Graph(), in_no_grad(match.root.graph)
-        self.matched = set(match.nodes)
-        mask = match.arguments.get("mask")
-        self.joined = isinstance(mask, New) and mask.target in _JOINING
+        self.root, self.matched, self.written = match.root, set(match.nodes), written
         self.arguments = {name: self.graph.placeholder(name) for name in tensors}
         for name, placeholder in self.arguments.items():
             placeholder.meta["val"] = tensors[name]
@@ -111,11 +105,15 @@ class _Builder:
         return None
 
     def may_differ(self, node: fx.Node) -> bool:
-        """Whether it is not what was matched, and made again at the site would be something else."""
-        if node in self.matched:
+        """Whether it would be something else if made again at the site: it is random, or what it reads is
+        written to in between. Of what was matched neither is so."""
+        if node in self.matched or node.op != "call_function":
             return False
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        return random or (self.joined and isinstance(value_of(node), Tensor) and is_written(node))
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return True
+        own = memory(value_of(node))
+        read = {memory(value_of(x)) for x in node.all_input_nodes} - {own, None}  # a view reads nothing
+        return any(node < write < self.root for place in read for write in self.written.get(place, ()))
 
     def needed(self, root: fx.Node) -> list[fx.Node]:
         """What `root` depends on beyond what is copied already, in graph order."""

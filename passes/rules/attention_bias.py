@@ -30,19 +30,16 @@ def finish_added_twice(match: Match) -> str | None:
     bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
     if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
         return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
     for band, other in ((mask, bias), (bias, mask)):
         found = recover_additive(band, LOWEST)
         if found is not None:
             replace_mask(match, found._replace(rest=other))
             return finish(match)
     for alibi, other in ((bias, mask), (mask, bias)):
-        match.arguments["mask"] = alibi
-        if take_alibi(match):
+        if take_alibi(match, alibi):
             replace_mask(match, Mask(False, other))
             return finish(match)
-    match.arguments["mask"] = _sum(bias, mask)
-    match.stands_for.pop(mask, None)
+    match.become("mask", _sum(bias, mask))
     return finish(match)
 
 
@@ -56,18 +53,11 @@ def finish_added_and_filled(match: Match) -> str | None:
     bias = match.arguments.pop("bias")
     if isinstance(bias, New) or not value_of(bias).is_floating_point():
         return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
     if reason := take_boolean(match):
         return reason
     kept = match.arguments["mask"]
-    match.arguments["mask"] = bias
-    if take_alibi(match):
-        match.arguments["mask"] = kept
-    elif kept is not None:
-        match.arguments["mask"] = _filled(bias, kept, match)
-        match.stands_for = {node: made for node, made in match.stands_for.items() if made[0] != "mask"}
-    elif match.arguments["mask"] is not None:
-        match.stands_for[bias] = ("mask", None)
+    if not take_alibi(match, bias):
+        match.become("mask", bias if kept is None else _filled(bias, kept, match))
     return finish(match)
 
 
@@ -83,25 +73,19 @@ def finish_scaled_bias(match: Match) -> str | None:
     bias, mask = match.arguments.pop("bias"), match.arguments["mask"]
     if any(isinstance(x, New) or not value_of(x).is_floating_point() for x in (bias, mask)):
         return "what is added to the scores is no floating point mask"
-    match.stands_for.pop(bias, None)
     scaled = New(aten.mul.Scalar, (New(aten.to.dtype, (bias, torch.float32)), match.arguments["scale"]))
     found = split_additive(mask, LOWEST) or Mask(False, mask)
     replace_mask(match, found)
-    match.stands_for = {node: made for node, made in match.stands_for.items() if made[0] != "mask"}
-    rest: Any = found.rest
-    match.arguments["mask"] = scaled if rest is None else _sum(scaled, rest)
+    match.become("mask", scaled if found.rest is None else _sum(scaled, found.rest))
     return finish(match)
 
 
 def finish_bloom(match: Match) -> str | None:
     """alibi, (batch * heads, 1, keys), where the products are added to it; and an additive mask."""
-    alibi, mask = match.arguments["bias"], match.arguments["mask"]
+    alibi, mask = match.arguments.pop("bias"), match.arguments["mask"]
     if isinstance(alibi, New) or isinstance(mask, New) or not value_of(mask).is_floating_point():
         return "what is added to the scores is no floating point mask"
     unfolded = heads_apart(alibi, value_of(match.arguments["q"]).shape)
-    match.arguments["bias"] = None if unfolded is None else unfolded[0]
-    if unfolded is None or not take_alibi(match, "bias", unfolded[1]):
+    if unfolded is None or not take_alibi(match, *unfolded):
         return "what baddbmm adds to the scores is not ALiBi, slopes of heads times places of keys"
-    match.stands_for.pop(alibi, None)
-    del match.arguments["bias"]
     return finish_added(match)

@@ -52,7 +52,8 @@ def finish_added(match: Match) -> str | None:
 
 def finish(match: Match) -> str | None:
     _unfold_repeated_heads(match)
-    take_alibi(match)
+    if take_alibi(match, match.arguments.get("mask")):
+        match.become("mask", None)
     dropout = match.arguments.get("dropout", 0.0)
     if dropout:
         if not 0.0 < dropout < 1.0:
@@ -80,13 +81,7 @@ def take_boolean(match: Match) -> str | None:
         return f"masked with {fill:g}, not -inf: where a whole row is forbidden, eager shares it out evenly"
     if fill > LOWEST:
         return f"masked with {fill:g}, which a score can come near to"
-    rest: Any = found.rest
-    set_band(match, found)
-    match.arguments["mask"] = rest
-    if rest is not mask:
-        match.stands_for.pop(node, None)
-    if isinstance(rest, fx.Node):
-        match.stands_for[rest] = ("mask", None)
+    replace_mask(match, found)
     return None
 
 
@@ -98,8 +93,8 @@ def _add_filling(match: Match, fill: float) -> None:
     forbidden = New(aten.eq.Scalar, (node, 0))
     if isinstance(mask, New):
         forbidden = New(aten.ne.Scalar, (node, 0))
-    match.arguments["mask"] = New(aten.mul.Scalar, (New(aten.to.dtype, (forbidden, torch.float32)), fill))
-    match.stands_for.pop(node, None)
+    filling = New(aten.mul.Scalar, (New(aten.to.dtype, (forbidden, torch.float32)), fill))
+    match.become("mask", filling)
 
 
 def _whole(allowed: Predicate | None) -> Mask | None:
@@ -127,10 +122,9 @@ def _take_added(match: Match) -> str | None:
     return None
 
 
-def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> bool:
-    """Put slopes in the place of a bias that is ALiBi, and say whether it is."""
+def take_alibi(match: Match, bias: Any, index: Index | None = None) -> bool:
+    """Give the op slopes where what is added to its scores is ALiBi, and say whether it is."""
     given = match.arguments
-    bias: Any = given.get(name)
     if (
         given.get("sinks") is not None or given.get("slopes") is not None
     ):  # beside a sink a row's constant counts
@@ -140,17 +134,13 @@ def take_alibi(match: Match, name: str = "mask", index: Index | None = None) -> 
     found = alibi_of(bias, furthest if isinstance(furthest, int) else None, precision, index)
     if found is None:
         return False
-    match.stands_for.pop(bias, None)
-    given.update({name: None, "slopes": found.slopes, "places": found.places})
+    given.update(slopes=found.slopes, places=found.places)
     return True
 
 
 def replace_mask(match: Match, found: Mask) -> None:
     set_band(match, found)
-    match.stands_for.pop(match.arguments["mask"], None)
-    match.arguments["mask"] = found.rest
-    if isinstance(found.rest, fx.Node):
-        match.stands_for[found.rest] = ("mask", None)
+    match.become("mask", found.rest)
 
 
 def _unfold_repeated_heads(match: Match) -> None:
@@ -159,12 +149,8 @@ def _unfold_repeated_heads(match: Match) -> None:
     keys, values = _before_repeat(k), _before_repeat(v)
     if keys is None or values is None or keys[1] != values[1]:
         return
-    for node, (name, _) in list(match.stands_for.items()):
-        if name in ("k", "v"):  # as they were repeated, or the transpose of that
-            del match.stands_for[node]
-    for name, source in (("k", keys[0]), ("v", values[0])):
-        match.arguments[name] = source
-        match.stands_for[source] = (name, None)
+    match.become("k", keys[0])
+    match.become("v", values[0])
 
 
 def _before_repeat(node: Any) -> tuple[fx.Node, int] | None:
