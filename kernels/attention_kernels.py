@@ -65,8 +65,8 @@ def _forward_blocks(
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         p = tl.exp2(scores * factor - base[:, None]).to(v_ptr.dtype.element_ty)
         rescale = tl.exp2(largest - base)
-        if p.dtype == tl.float32:
-            total = total * rescale + tl.sum(p, 1)
+        if p.dtype == tl.float32 or acc.shape[0] < 64:  # too few rows for four warps, Triton 3.8 finds
+            total = total * rescale + tl.sum(p.to(tl.float32), 1)
         else:  # added up as they meet v, rounded, and by the same units: weights that add up to one
             total = tl.dot(p, tl.full((BLOCK_N, total.shape[1]), 1.0, p.dtype), total * rescale[:, None])
         if DROPOUT:
@@ -128,7 +128,7 @@ def _forward_kernel(
             BLOCK_M, BLOCK_N, DOCUMENTS, GLOBALS,
         )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    if v_ptr.dtype.element_ty == tl.float32:
+    if v_ptr.dtype.element_ty == tl.float32 or BLOCK_M < 64:
         total = tl.zeros((BLOCK_M,), tl.float32)
     else:
         total = tl.zeros((BLOCK_M, 16 if BLOCK_N < 128 else 8), tl.float32)  # 8: for its shared memory
@@ -155,7 +155,7 @@ def _forward_kernel(
         MASK, BAND, CAP, DROPOUT, True, ALIBI, DOCUMENTS, GLOBALS, PRECISION, FOLDED,
     )  # fmt: skip
 
-    if v_ptr.dtype.element_ty != tl.float32:
+    if v_ptr.dtype.element_ty != tl.float32 and BLOCK_M >= 64:
         total = tl.max(total, 1)  # columns are alike
     if sinks_ptr is not None:  # one logit more in the sum, which brings no value
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634

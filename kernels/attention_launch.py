@@ -75,7 +75,6 @@ COMBINED = {
     "forward": (32, 32, 4, 1), "grad_query": (32, 16, 4, 1), "grad_key_value": (32, 16, 4, 1),
     "grad_bias": (16, 32, 4, 1),
 }  # fmt: skip
-COMBINED_NARROW = (64, 32, 4, 1)  # forward, values of up to 16 features
 # float32 products run on the FMA units, whose operands sit in registers: small tiles, many warps.
 CONFIGS_FLOAT32 = {
     "forward": {32: (16, 16, 4, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
@@ -111,8 +110,7 @@ def _blocks(
     if q.dtype == torch.float32:
         return _blocks_float32(kernel, max(32, widest), more, form, q)
     if form.demands > 1:
-        narrow = kernel == "forward" and _padded(v.shape[-1]) == 16  # four warps side by side: no layout
-        return COMBINED_NARROW if narrow else COMBINED[kernel]
+        return COMBINED[kernel]
     widest = max(64, widest)
     plain, masked, dropping = CONFIGS[kernel][widest]
     if form.dropout > 0.0:
