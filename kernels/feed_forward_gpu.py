@@ -8,58 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusekit.kernels._triton import tl, triton
-from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.gated_gemm import gated_matmul
 from fusekit.kernels.gemm import matmul, sum_partials
-from fusekit.kernels.hidden_form import parts, stores_hidden, z_scale
-from fusekit.kernels.launch import Plans, Repeated, kind_of
-from fusekit.kernels.linear_gpu import share_rows, use_tf32, weight_gradients
-
-
-@triton.jit
-def _hidden_backward_kernel(
-    dh_ptr, z_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, partial_ptr, partial_up_ptr, M, N, rows_per_program,
-    stride_z, stride_dz, stride_partial, ACT: tl.constexpr, BACKWARD: tl.constexpr, Z_SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * rows_per_program
-    last = min(first + rows_per_program, M)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    total_up = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for row in range(first, last, BLOCK_M):
-        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask = (rows < last)[:, None] & (columns < N)[None, :]
-        offsets = rows[:, None] * N + columns[None, :]
-        z_offsets = rows[:, None] * stride_z + columns[None, :]
-        dz_offsets = rows[:, None] * stride_dz + columns[None, :]
-        z = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(tl.float32)
-        if Z_SCALE != 1.0:
-            z *= 1.0 / Z_SCALE
-        h = ACT(z)
-        if up_ptr is not None:
-            up = tl.load(up_ptr + z_offsets, mask=mask, other=0.0).to(tl.float32)
-            if dh_ptr is not None:
-                dh = tl.load(dh_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                dup = dh * h
-                dgate = BACKWARD(dh * up, z)
-                tl.store(dup_ptr + dz_offsets, dup.to(dup_ptr.dtype.element_ty), mask=mask)
-                tl.store(dgate_ptr + dz_offsets, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-                total += tl.sum(dgate, axis=0)
-                total_up += tl.sum(dup, axis=0)
-            h *= up
-        if h_ptr is not None:
-            tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
-    partials = tl.program_id(1).to(tl.int64) * stride_partial + columns
-    if partial_ptr is not None:
-        tl.store(partial_ptr + partials, total, mask=columns < N)
-    if partial_up_ptr is not None:
-        tl.store(partial_up_ptr + partials, total_up, mask=columns < N)
-
-
-BLOCK_M, BLOCK_N, NUM_WARPS = 16, 128, 4
-PROGRAMS = 1024  # about 8 of 4 warps for each of 132 multiprocessors
+from fusekit.kernels.hidden_form import stores_hidden, z_scale
+from fusekit.kernels.hidden_gpu import hidden_pass
+from fusekit.kernels.linear_gpu import use_tf32, weight_gradients
 
 
 def forward(
@@ -88,42 +41,6 @@ def forward(
         gated_matmul(x, weights, biases, act, form, h, saved, tf32)
     b_out = None if b_out is None else b_out.contiguous()
     matmul(h, w_out.t(), y, bias=b_out, residual=residual, tf32=tf32)
-
-
-def _hidden_pass(
-    saved: list[Tensor], dh: Tensor | None, act: str, form: str, with_h: bool, with_bias: bool
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """h (M, H), and with dh dz of each weight and the float32 partial sums of its columns."""
-    z, up = parts(saved, form)
-    M, H = z.shape
-    key = act, form, with_h, with_bias, M, H, z.get_device(), *map(kind_of, (z, up, dh))
-    start, programs, rows = _hidden_passes(key, lambda: _plan_hidden_pass(M, H, act, z_scale(z.dtype, form)))
-    h = z.new_empty((M, H)) if with_h else None
-    dzs = [] if dh is None else [torch.empty_like(t) for t in saved]
-    if dh is not None and form == "gated":
-        dzs[0] = dh  # dgate takes the place of dh
-    partials = [dz.new_empty((programs, dz.shape[1]), dtype=torch.float32) for dz in dzs if with_bias]
-    dgate, dup = parts(dzs, form) if dzs else (None, None)
-    partial, partial_up = parts(partials, form) if partials else (None, None)
-    start(
-        dh, z, up, dgate, dup, h, partial, partial_up, M, H, rows,
-        z.stride(0), 0 if dgate is None else dgate.stride(0), 0 if partial is None else partial.stride(0),
-    )  # fmt: skip
-    return h, dzs, partials
-
-
-_hidden_passes = Plans()
-
-
-def _plan_hidden_pass(M: int, H: int, act: str, scale: float) -> tuple[Repeated, int, int]:
-    """The start, the programs that share the rows, and the rows of each."""
-    programs, rows = share_rows(M, H, BLOCK_M, BLOCK_N, PROGRAMS)
-    start = Repeated(
-        _hidden_backward_kernel, (triton.cdiv(H, BLOCK_N), programs),
-        ACT=ACTIVATIONS[act].kernel, BACKWARD=ACTIVATIONS[act].kernel_backward,
-        Z_SCALE=scale, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return start, programs, rows
 
 
 def backward(
@@ -162,8 +79,11 @@ def backward(
         if dh is not None:
             matmul(grad, w_out, dh, tf32=tf32)
         if dh is not None or with_h:
+            h = grad.new_empty((grad.shape[0], w_out.shape[1])) if with_h else None
+            if dh is not None:  # dgate takes the place of dh
+                dzs = [dh, torch.empty_like(dh)] if form == "gated" else [torch.empty_like(saved[0])]
             with_bias = any(g is not None for g in grad_biases)
-            h, dzs, partials = _hidden_pass(saved, dh, act, form, with_h, with_bias)
+            partials = hidden_pass(saved, dh, act, form, h, dzs, with_bias)
             for grad_bias, partial in zip(grad_biases, partials, strict=False):
                 if grad_bias is not None:
                     sum_partials(partial, grad_bias)

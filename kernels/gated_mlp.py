@@ -23,14 +23,9 @@ import torch
 from torch import Tensor
 
 from fusekit.kernels import feed_forward
+from fusekit.kernels.hidden_form import gated_form
 from fusekit.kernels.library import define
 from fusekit.kernels.op import Op, Sample
-
-
-def _form(w_up: Tensor | None, up_first: bool) -> str:
-    if w_up is not None:
-        return "gated"
-    return "up_gate" if up_first else "gate_up"
 
 
 def reference(
@@ -50,7 +45,7 @@ def reference(
     weights, biases = [w_gate], [b_gate]
     if w_up is not None:
         weights, biases = [w_gate, w_up], [b_gate, b_up]
-    form = _form(w_up, up_first)
+    form = gated_form(w_up, up_first)
     return feed_forward.reference(x, weights, biases, w_down, b_down, None, act, form)
 
 
@@ -83,7 +78,7 @@ def supports(
     if w_up is not None:
         named = {"w_gate": w_gate, "w_up": w_up, "b_gate": b_gate, "b_up": b_up,
                  "w_down": w_down, "b_down": b_down}  # fmt: skip
-    return feed_forward.refusal(x, None, act, _form(w_up, up_first), named)
+    return feed_forward.refusal(x, None, act, gated_form(w_up, up_first), named)
 
 
 def _arguments(
@@ -102,7 +97,7 @@ def _arguments(
     if reason := _contradiction(w_up, b_up, act, up_first):
         raise ValueError(f"gated_mlp: {reason}")
     first = (w_gate, b_gate) if w_up is None else (w_gate, w_up, b_gate, b_up)
-    return act, _form(w_up, up_first), tf32, x, None, *first, w_down, b_down
+    return act, gated_form(w_up, up_first), tf32, x, None, *first, w_down, b_down
 
 
 def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *rest: Any) -> Tensor:

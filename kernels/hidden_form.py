@@ -1,4 +1,4 @@
-"""The hidden features of mlp and gated_mlp: where gate and up are, and what of them is saved."""
+"""The hidden features of mlp, gated_mlp and gated_act: where gate and up are, and what of them is saved."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def parts(z: list[Tensor], form: str) -> tuple[Tensor, Tensor | None]:
         return z[0], z[1]
     first, second = z[0].tensor_split(2, -1)
     return (first, second) if form == "gate_up" else (second, first)
+
+
+def gated_form(second: Tensor | None, up_first: bool) -> str:
+    """The form of two tensors, or of one that holds both."""
+    if second is not None:
+        return "gated"
+    return "up_gate" if up_first else "gate_up"
 
 
 def stores_hidden(act: str, form: str) -> bool:

@@ -192,6 +192,13 @@ def _mlp(x, w1, b1, w2, b2, residual=None, act="gelu", tf32=False):  # type: ign
     return _linear_act(_linear_act(x, w1, b1, None, act), w2, b2, residual)
 
 
+def _gated_act(gate, up=None, act="silu", up_first=False):  # type: ignore[no-untyped-def]
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+        gate, up = (up, gate) if up_first else (gate, up)
+    return _ACTIVATIONS[act](gate) * up
+
+
 def _gated_mlp(
     x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, act="silu", up_first=False, tf32=False
 ):  # type: ignore[no-untyped-def]
@@ -254,6 +261,7 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "attention_fp8": _attention_fp8,
+    "gated_act": _gated_act,
     "gated_mlp": _gated_mlp,
     "linear_act": _linear_act,
     "linear_fp8": _linear_fp8,

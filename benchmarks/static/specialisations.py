@@ -177,10 +177,21 @@ def _layers_that_count() -> None:
         x, weight = (torch.empty(rows, 1024, dtype=dtype) for rows in (2048, 4096))
         for name in PRESETS:
             for quantised_by in ("fp8-tensorwise", "fp8-rowwise"):
-                maxima = fp8_maxima(x, weight, quantised_by)
+                maxima = fp8_maxima(x, weight.shape[0], quantised_by)
                 scale = torch.empty(3) if PRESETS[name].delayed else None
                 args = (x, weight, None, "gelu", name, scale, None, None, None, maxima)
                 torch.ops.fusekit.linear_fp8(*args)
+
+
+def _gates_that_count() -> None:
+    for dtype in LOW_PRECISION:
+        for gate, up in (
+            (torch.empty(2048, 1408, dtype=dtype),) * 2,
+            (torch.empty(2048, 2816, dtype=dtype), None),
+        ):
+            for quantised_by in ("fp8-tensorwise", "fp8-rowwise"):
+                maxima = fp8_maxima(gate, 1408, quantised_by, False)
+                torch.ops.fusekit.gated_act(gate, up, "silu", False, maxima)
 
 
 def collect() -> dict[str, Specialisation]:
@@ -199,6 +210,7 @@ def collect() -> dict[str, Specialisation]:
                 _move_histories()
                 _norms_with_codes()
                 _layers_that_count()
+                _gates_that_count()
             for start in filter(lambda start: all(start.grid), launches):
                 _add(found, specialise(start), target)
         for target, row in products.tables():
