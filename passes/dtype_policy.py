@@ -108,6 +108,8 @@ def _fusekit_policy(name: str) -> Policy:
         return Policy.LOW
     if name.endswith("rope"):
         return Policy.ROPE
+    if name == "gated_act":
+        return Policy.FLOW
     if name == "linear_fp8":
         return Policy.FP8
     return Policy.NORM if name.endswith("_norm") else Policy.FLOAT32

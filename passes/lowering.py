@@ -118,6 +118,8 @@ class Lowering:
         elif policy is not Policy.CAST or not self._drop_cast(node):
             if policy is Policy.FLOW:
                 self._meet(node)
+                if _is_mixed_site(node):
+                    self._bring_up(node)
             self._update(node)
         if overflows(node, self.low) or any(
             n in self.casts.settled or dtype_of(n) == self.low for n in node.all_input_nodes
@@ -253,6 +255,12 @@ def _accumulate_in_float32(node: fx.Node) -> None:
             node.update_arg(position, torch.float32)
     elif node.kwargs.get("dtype") is None:
         node.update_kwarg("dtype", torch.float32)
+
+
+def _is_mixed_site(node: fx.Node) -> bool:
+    """A fused op with inputs of several dtypes, which it does not promote as ATen's elementwise ops do."""
+    fused = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fusekit"
+    return fused and len({dtype_of(n) for n in node.all_input_nodes}) > 1
 
 
 def _full_precision(node: fx.Node) -> bool:

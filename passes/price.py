@@ -36,6 +36,7 @@ CPU_PATHS = {
     "add_rms_norm": (0.5, "aten"),
     "attention": (0.0, ""),
     "attention_fp8": (0.0, EMULATED),
+    "gated_act": (0.0, "aten"),
     "gated_mlp": (0.5, "onednn"),
     "linear_act": (1.0, "onednn"),
     "linear_cross_entropy": (0.0, "chunks"),

@@ -169,6 +169,10 @@ def _attention(node: fx.Node, name: str, args: tuple[Any, ...]) -> Spelling:
     return Spelling("sdpa", args[:7])  # enable_gqa shows in the shapes
 
 
+def _glu(node: fx.Node, name: str, args: tuple[Any, ...]) -> Spelling:
+    return Spelling(name, (args[0], args[1] % _rank(args[0]) - _rank(args[0])))
+
+
 def _keep(count: int, renamed: str | None = None) -> Callable[..., Spelling]:
     """Keep the first `count` arguments: what the others say shows in meta["val"]."""
     return lambda node, name, args: Spelling(renamed or name, args[:count])
@@ -203,6 +207,7 @@ _RESPELL: dict[str, Callable[[fx.Node, str, tuple[Any, ...]], Spelling]] = {
     "flatten": _keep(1, "reshape"),
     "unflatten": _keep(1, "reshape"),
     "reshape_as": _keep(1, "reshape"),
+    "glu": _glu,
     "slice": _slice,
     "expand": _keep(1),
     "expand_as": _keep(1, "expand"),
