@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusekit.kernels import fp8_choice
+from fusekit.kernels import fp8_choice, fp8_maxima
 from fusekit.kernels.fp8_library import LIBRARY, Call
 from fusekit.kernels.launch import on_gpu
 from fusekit.kernels.linear_cpu import multiplies
@@ -148,6 +148,19 @@ def why_fp8_does_not_pay(M: int, N: int, K: int, value: Any, recipe: Recipe) -> 
         f"{M} x {K} x {N} would take {fp8 * 1e6:.0f} µs in FP8 with {recipe.scaling} scales, casts included, "
         f"and takes {low * 1e6:.0f} µs in bf16, forward and backward on {device_of(value).name}, as estimated"
     )
+
+
+def fp8_activation_pays_apart(M: int, N: int, K: int, value: Any, recipe: Recipe) -> bool:
+    """Whether a layer gains by leaving its activation to a pass of its own: a library then may compute it."""
+    if not recipe.output or emulates_fp8(value):
+        return False
+    call = fp8_choice.calls((M, N, K), tensors_of(value)[0], torch.float32, recipe)["output"]
+    product, device = 2 * M * N * K, device_of(value)
+    own, apart = (
+        product / (LOW_ATTAINED * device.low * s) for s in (FP8_SPEED[call.scaling], _fp8_speed(call))
+    )
+    moved = 3 if fp8_maxima.helps(recipe) else 2  # of a 16-bit M N: z, y, and y again for its maxima
+    return apart + 2 * moved * M * N / device.bandwidth + EAGER_OVERHEAD["cuda"] < own
 
 
 def fp8_attention_seconds(

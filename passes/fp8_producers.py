@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fusekit.kernels import FP8_OPS
+from fusekit.kernels import FP8_OPS, OPS
 from fusekit.kernels.fp8_maxima import fp8_maxima, helps, keeps_count
 from fusekit.kernels.norm_fp8 import WITH_CODES, why_not
 from fusekit.kernels.recipe import Recipe
 from fusekit.passes.propagate import faking
 
-LINEAR = FP8_OPS["linear_fp8"].fused
-_ARGUMENTS = [argument.name for argument in LINEAR._schema.arguments]
+LINEAR, GATE = FP8_OPS["linear_fp8"].fused, OPS["gated_act"].fused
 
 
 class Made(NamedTuple):
@@ -39,9 +38,15 @@ def help_quantise(reader: fx.Node, turned: bool) -> Made | None:
         return None  # under another grad mode, or with a write in between
     if by_item and source.target in WITH_CODES:
         return _norm(source, reader, turned) if why_not(x.meta["val"], recipe) is None else None  # type: ignore[union-attr]
-    if source.target is LINEAR and recipe.output and helps(recipe) and source.args[3] != "none":
-        return _layer(source, reader) if keeps_count(Recipe.parse(str(source.args[4]))) else None
-    return None
+    if source.target not in (GATE, LINEAR) or not (recipe.output and helps(recipe)):
+        return None
+    if not isinstance(source.meta["val"].shape[-1], int):
+        return None
+    if source.target is GATE:
+        return _counted(source, reader, by_product=False)
+    # A layer with an activation: without one, a library may be the faster, and it counts nothing.
+    counts = source.args[3] != "none" and keeps_count(Recipe.parse(str(source.args[4])))
+    return _counted(source, reader) if counts else None
 
 
 def _norm(norm: fx.Node, reader: fx.Node, turned: bool) -> Made:
@@ -60,12 +65,13 @@ def _norm(norm: fx.Node, reader: fx.Node, turned: bool) -> Made:
     return Made(maxima, codes, inverse)
 
 
-def _layer(layer: fx.Node, reader: fx.Node) -> Made:
-    """A layer with an activation: without one, a library may be the faster, and it counts nothing."""
-    with layer.graph.inserting_before(layer):
-        maxima = layer.graph.call_function(fp8_maxima, (*layer.args[:2], reader.args[4]))
-    maxima.meta |= whereabouts(layer) | {"val": value_of(maxima)}
-    set_argument(layer, "maxima", maxima)
+def _counted(source: fx.Node, reader: fx.Node, by_product: bool = True) -> Made:
+    """What makes the tensor raises maxima of it, of the recipe that the reader quantises it by."""
+    with source.graph.inserting_before(source):
+        arguments = source.args[0], source.meta["val"].shape[-1], reader.args[4], by_product
+        maxima = source.graph.call_function(fp8_maxima, arguments)
+    maxima.meta |= whereabouts(source) | {"val": value_of(maxima)}
+    set_argument(source, "maxima", maxima)
     return Made(maxima)
 
 
@@ -81,15 +87,19 @@ def whereabouts(node: fx.Node) -> dict[str, Any]:
     return {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "region")}
 
 
-def argument(layer: fx.Node, name: str) -> Any:
-    """Of a linear_fp8 node."""
-    position = _ARGUMENTS.index(name)
-    return layer.args[position] if position < len(layer.args) else layer.kwargs.get(name)
+def argument(node: fx.Node, name: str) -> Any:
+    """Of a fused op's node."""
+    position = _position(node, name)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
-def set_argument(layer: fx.Node, name: str, value: Any) -> None:
-    position = _ARGUMENTS.index(name)
-    missing = LINEAR._schema.arguments[len(layer.args) : position + 1]
-    args = [*layer.args, *(argument.default_value for argument in missing)]
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    position = _position(node, name)
+    missing = node.target._schema.arguments[len(node.args) : position + 1]  # type: ignore[union-attr]
+    args = [*node.args, *(argument.default_value for argument in missing)]
     args[position] = value
-    layer.args = tuple(args)
+    node.args = tuple(args)
+
+
+def _position(node: fx.Node, name: str) -> int:
+    return [argument.name for argument in node.target._schema.arguments].index(name)  # type: ignore[union-attr]

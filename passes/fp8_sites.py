@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fusekit.kernels.recipe import Recipe
 from fusekit.passes import cost
+from fusekit.passes.normalise import is_view
 from fusekit.passes.pattern import Match, New
 from fusekit.passes.region import Settings
 from fusekit.passes.spelling import spell, value_of
@@ -61,6 +63,15 @@ def why_wanted(match: Match, settings: Settings) -> str | None:
     if pattern := next((p for p in settings.keep if _is_inside(name, p)), None):
         return f"the recipe keeps {pattern} in high precision"
     return None
+
+
+def activation_pays_apart(match: Match, recipe: Recipe) -> bool:
+    """Whether the product is so much faster by a library that its activation, one call, is left behind it."""
+    work = [node for node in match.nodes if not is_view(node)]
+    if work != [product_of(match), match.root]:
+        return False
+    (N, K), x = weight_shape(match), value_of(match.arguments["x"])
+    return cost.fp8_activation_pays_apart(cost.size(x) // max(K, 1), N, K, x, recipe)
 
 
 def product_of(match: Match) -> fx.Node:

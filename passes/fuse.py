@@ -18,6 +18,7 @@ from fusekit.passes.canonicalise import bodies, location
 from fusekit.passes.checkpoint_masks import lift_masks, sink_masks
 from fusekit.passes.cost import hint
 from fusekit.passes.fp8_sites import (
+    activation_pays_apart,
     around,
     is_layer,
     module_name,
@@ -42,6 +43,7 @@ from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
 from fusekit.passes.rewrite import Rewriter
 from fusekit.passes.rules import RULES, fp8
+from fusekit.passes.rules.gate import joins_gate
 from fusekit.passes.search import find
 from fusekit.passes.spelling import spell, value_of
 from fusekit.passes.strict import refuse_leftovers
@@ -118,6 +120,8 @@ class _Fuser:
         """A layer to FP8; that it stays is told once, by the row without an activation."""
         settings = self.region.settings
         assert settings.recipe is not None
+        if match.rule is not fp8.BARE and self.activates_apart(match):
+            return  # left to the row without an activation
         # Delayed scales come with the pass `quantise`, where the layer's weight has slots.
         match.arguments["recipe"] = settings.recipe.current().token()
         in_checkpoint = self.module is not self.region.module
@@ -128,6 +132,13 @@ class _Fuser:
             layer = product_of(match).meta.get("layer", "")
             told = layer if settings.levels and reason == settings.levels.reason(layer) else ""
             self.region.refuse("linear_fp8", _location(match), STAYS + reason, layer=told)
+
+    def activates_apart(self, match: Match) -> bool:
+        """Whether a layer leaves its activation: to gated_act, or to a pass of its own."""
+        recipe, levels = self.region.settings.recipe, self.region.settings.levels
+        if self.takes("gated_act") and joins_gate(match.root):
+            return True
+        return levels is None and recipe is not None and activation_pays_apart(match, recipe)
 
     def apply_level(self, match: Match) -> str | None:
         """A layer at the level its plan gives it; in bf16 a watched one keeps a site of its own."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
 from fusekit.kernels import norm_fp8
+from fusekit.kernels.fp8_maxima import fp8_maxima
 from fusekit.passes import cost, pipeline, price, quantise
 from fusekit.session import session
 
@@ -182,3 +183,39 @@ def test_norms_that_quantise_change_no_bit(precision: str, monkeypatch: pytest.M
         assert len(made) == (0 if apart else 2)
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(map(torch.equal, *found))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 96), nn.Linear(32, 96), nn.Linear(96, 32)
+        self.out = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.down(nn.functional.silu(self.gate(x)) * self.up(x)).sin())
+
+
+@pytest.mark.parametrize("precision", ["fp8-tensorwise", "fp8-rowwise", "fp8-delayed"])
+def test_gates_of_fp8_layers(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their product is one op, which counts for the layer that reads it, and no bit changes by that."""
+    _no_layer_is_too_small(monkeypatch)
+    x = torch.randn(38, 32, generator=torch.Generator().manual_seed(2)).to("cuda")
+    found = []
+    for apart in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        if apart:
+            monkeypatch.setattr(quantise, "help_quantise", lambda *_: None)
+        model = fusekit.optimize(SwiGLU().to("cuda"), precision=precision, remainder="eager")
+        y = model(x)
+        y.square().sum().backward()
+        ops = [f.op for f in fusekit.explain(model).fused]
+        assert sorted(ops) == ["gated_act", *["linear_fp8"] * 3], str(fusekit.explain(model))
+        graph = session(model).regions[0].region.module.graph
+        counted = [n for n in graph.nodes if n.target is fp8_maxima]
+        assert len(counted) == (0 if apart or precision == "fp8-delayed" else 1)
+        found.append([y.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *found))
+    if precision == "fp8-tensorwise":
+        certificate = fusekit.verify(model, x)
+        assert all(site.ok for site in certificate.sites if site.op == "gated_act"), str(certificate)
