@@ -191,6 +191,21 @@ def test_sites_certify_and_stay(precision: str) -> None:
     assert all(site.ok for site in certificate.sites), str(certificate)
 
 
+@pytest.mark.parametrize("name", ["fp8-tensorwise", "fp8-rowwise"])
+def test_bytes_an_element_of_a_gate_and_its_quantisation(name: str) -> None:
+    """In docs/precision.md: gate, up and y in bfloat16, and both layouts of its codes."""
+    M, H = 8192, 4096
+    found = []
+    with FakeTensorMode(), as_on_gpu() as launches:
+        gate, up = (torch.empty(M, H, dtype=torch.bfloat16) for _ in range(2))
+        for maxima in (None, fp8_maxima(gate, H, name, False)):
+            y = OPS["gated_act"].fused(gate, up, "silu", False, maxima)
+            fp8_operand(y, name, 0, torch.bfloat16, True, True, None, None, maxima)
+            found.append(sum(map(launch_bytes, launches)) / (M * H))
+            launches.clear()
+    assert found == [pytest.approx(12, rel=5e-3), pytest.approx(10, rel=5e-3)]
+
+
 @pytest.mark.parametrize(
     ("name", "turned", "apart", "together"),
     [
