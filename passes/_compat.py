@@ -301,6 +301,8 @@ def dynamo_settings() -> Iterator[None]:
     specialize_float: attention scales and norm epsilons stay literals of the graph and do not become inputs.
     warning_once: transformers' log-once calls are GPT-2's and gradient checkpointing's only graph break.
     allow_rnn: an LSTM is one node, left alone; without it, its frame and all beside it would stay eager.
+    requires_grad_() of an intermediate, which adapters call on a frozen embedding's output: Dynamo breaks the
+        frame where it reaches a result, as AOTAutograd would drop it there. Our graphs call it.
     """
     from torch._dynamo import config
 
@@ -310,8 +312,25 @@ def dynamo_settings() -> Iterator[None]:
     warning_once = getattr(logging.Logger, "warning_once", None)
     if warning_once is not None:
         settings["ignore_logging_functions"] = set(config.ignore_logging_functions) | {warning_once}
-    with config.patch(settings):
+    with config.patch(settings), _requires_grad_may_leak():
         yield
+
+
+@contextlib.contextmanager
+def _requires_grad_may_leak() -> Iterator[None]:
+    """From torch 2.13 on; before, Dynamo traces no requires_grad_() and the frame breaks there."""
+    from torch._dynamo.output_graph import OutputGraph
+
+    name = "_check_requires_grad_intermediate_outputs"
+    check = getattr(OutputGraph, name, None)
+    if check is None:
+        yield
+        return
+    setattr(OutputGraph, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(OutputGraph, name, check)
 
 
 class _FiveOps(torch.nn.Module):

@@ -6,7 +6,7 @@ in-place ops in place, buffers updated, autograd recorded anew by every run. Eve
 
     meta["source"]         where Dynamo got the input, "L['self']._modules['fc']._parameters['weight']"
     meta["parameter"]      it is an nn.Parameter
-    meta["requires_grad"]  as it was when captured
+    meta["requires_grad"]  as it was when captured; of a checkpoint's body too
 
 and the graph has meta["autocast"], the autocast around the call.
 
@@ -16,6 +16,7 @@ activation checkpoints without checkpointing (torch 2.11) or with wrong random n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ def call_checkpoint(body: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(body, *args, **options, **body_kwargs)
 
 
+def require_gradient(x: Tensor) -> Tensor:
+    """What x.requires_grad_() runs as in a graph; what reads x from there on reads the result."""
+    return x.requires_grad_()
+
+
 def bodies(module: fx.GraphModule) -> list[fx.GraphModule]:
     """The graph and the bodies of its checkpoints, outermost first: what a pass loops over."""
     found = [module]
@@ -87,6 +93,9 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+_ROOT = re.compile(r"^(L\[[^\]]*\](\[\d+\])*|self)\.?")  # how Dynamo names the model that it was given
+
+
 def location(node: fx.Node) -> str:
     """The user's line that made this node, "model.py:42"; else the module, "layers.0 (Linear)"; else "".
 
@@ -100,7 +109,7 @@ def location(node: fx.Node) -> str:
         if "/torch/" not in path:
             return f"{path.rsplit('/', 1)[-1]}:{number.split(',')[0]}"
     for path, kind in reversed((node.meta.get("nn_module_stack") or {}).values()):
-        return f"{path.rpartition('self')[2].lstrip('_.')} ({getattr(kind, '__name__', kind)})"
+        return f"{_ROOT.sub('', str(path))} ({getattr(kind, '__name__', kind)})"
     return ""
 
 
@@ -132,6 +141,11 @@ class _Canonicaliser(fx.Interpreter):
             return _compat.record_call(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "requires_grad_" and (args[1:] or (True,))[0]:
+            return _compat.record_call(require_gradient, args[:1], {}, args[0])
+        return super().call_method(target, args, kwargs)
+
     def _enter_autocast(self, device: str, dtype: Any, enabled: bool, cache: bool | None) -> Any:
         # Entering records the node as well; a node recorded without entering leaves wrong dtypes after it.
         cache = self._cache_autocast if cache is None else cache  # the tracer turns the cache off for itself
@@ -143,6 +157,9 @@ class _Canonicaliser(fx.Interpreter):
             return _Canonicaliser(body, self._cache_autocast).run(*inputs)
 
         canonical, outputs = _compat.trace_body(run, args)
+        # Of a body's inputs nothing else tells: tables made under no_grad are no learned ones.
+        for node, value in zip(canonical.graph.find_nodes(op="placeholder"), args, strict=True):
+            node.meta["requires_grad"] = isinstance(value, Tensor) and value.requires_grad
         context_fn = body.meta.get("_checkpoint_context_fn")
         if context_fn is not None:
             canonical.meta["_checkpoint_context_fn"] = context_fn

@@ -70,7 +70,7 @@ _OWN_DTYPE = {aten.cumsum, aten.log_softmax, aten.mean, aten.prod, aten.softmax,
 def policy_of(node: fx.Node, low: torch.dtype) -> Policy:
     """The policy of a call_function node."""
     name = getattr(node.target, "__name__", "")
-    if name == "getitem":
+    if name in ("getitem", "require_gradient"):
         return Policy.MOVE
     if not isinstance(node.target, torch._ops.OpOverload):
         return Policy.FLOAT32

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fusekit.passes import _compat
 from fusekit.passes.canonicalise import bodies, call_checkpoint, copy_graph
+from fusekit.passes.leaves import find_leaves, split_leaves
 from fusekit.passes.region import Region
 from fusekit.passes.weights import cast_parameters
 
@@ -68,10 +69,14 @@ def _inductor(region: Region) -> Callable[..., Any]:
         # Inductor would specialise on sizes, and outside a Dynamo frame nobody guards them.
         region.notes.append("rebuilt with varying sizes: the remainder runs eagerly, not in Inductor")
         return region.module.forward
+    first = None
+    if find_leaves(module) and (first := split_leaves(module)) is None:
+        region.notes.append("requires_grad_() behind what may not run first: the remainder runs eagerly")
+        return region.module.forward
     _restore_checkpoints(module)
     try:
         with without_autocast(region.module.meta.get("autocast_off", ())):
-            return _compat.inductor(
+            compiled = _compat.inductor(
                 module, [_example(node) for node in module.graph.find_nodes(op="placeholder")]
             )
     except Exception as error:
@@ -80,6 +85,7 @@ def _inductor(region: Region) -> Callable[..., Any]:
             f"Inductor failed, the remainder runs eagerly ({type(error).__name__}: {reason[0]})"
         )
         return region.module.forward
+    return compiled if first is None else lambda *args: compiled(*args, *first(*args))
 
 
 def _restore_checkpoints(module: fx.GraphModule) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from rule_checks import calls, check, reasons, sites
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -205,7 +207,31 @@ def test_a_learned_bias_is_an_argument_and_its_mask_none(implementation: str) ->
 def test_checkpointed_layers_are_rewritten_inside() -> None:
     model, inputs = hugging_face("Llama")
     model.gradient_checkpointing_enable()
-    assert sites(check(model.train(), **inputs, tolerance=2e-5))["attention"] == 2
+    found = sites(check(model.train(), **inputs, tolerance=2e-5))
+    assert found["attention"] == 2 and found["rope"] == 4, found
+
+
+def test_learned_tables_of_a_checkpointed_layer_keep_their_gradient() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.angle, self.scale = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor, learned: bool) -> Tensor:
+            with contextlib.nullcontext() if learned else torch.no_grad():
+                angle = torch.cat((self.angle, self.angle), -1)
+                cos, sin = angle.cos(), angle.sin()
+            return checkpoint(turn, torch.tanh(x) * self.scale, cos, sin, use_reentrant=False)
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = torch.cat((-x[..., 8:], x[..., :8]), -1)
+        return x * cos + half * sin
+
+    x = torch.randn(2, 3, 5, 16, requires_grad=True)
+    for learned in (False, True):
+        regions = check(Layer(), x, learned)
+        assert sites(regions)["rope"] == (0 if learned else 1)
+        assert ("cos or sin needs a gradient" in reasons(regions)) is learned
 
 
 class TimmBlock(nn.Module):
