@@ -93,7 +93,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-_ROOT = re.compile(r"^(L\[[^\]]*\](\[\d+\])*|self)\.?")  # how Dynamo names the model that it was given
+_ROOT = re.compile(r"^(L\[[^\]]*\](\[\d+\])*|L?_*self_*)[._]*")  # how Dynamo names the model that it was given
 
 
 def location(node: fx.Node) -> str:
