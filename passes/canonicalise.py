@@ -93,7 +93,8 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-_ROOT = re.compile(r"^(L\[[^\]]*\](\[\d+\])*|L?_*self_*)[._]*")  # how Dynamo names the model that it was given
+# How Dynamo names the model that it was given: L['self'], L['args'][0], L['fn'].__self__, L__self__.
+_ROOT = re.compile(r"^((L\[[^\]]*\](\[\d+\])*|L?__self__|self)(\.|$))+|^L__self___")
 
 
 def location(node: fx.Node) -> str:
