@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from fusekit.kernels import FP8_OPS, OPS
 from fusekit.passes import _compat, fp8_attention
@@ -37,8 +37,9 @@ from fusekit.passes.fused_call import (
     tensors,
     value_in,
 )
-from fusekit.passes.normalise import is_view, memory, writes
-from fusekit.passes.pattern import LAYOUT, SEED, Match, Miss, Rule
+from fusekit.passes.match_report import bytes_saved, is_worth_telling, location_of, sentence
+from fusekit.passes.normalise import memory, writes
+from fusekit.passes.pattern import SEED, Match, Miss, Rule
 from fusekit.passes.region import Fusion, Region
 from fusekit.passes.replaced import NotSelfContained, replaced_graph
 from fusekit.passes.rewrite import Rewriter
@@ -110,7 +111,7 @@ class _Fuser:
             if reason is None:
                 return
             found = Miss(rule, root, root, reason, rule.traced.weight, complete=True, anchored=True)
-        if found is None or not _worth_telling(found):
+        if found is None or not is_worth_telling(found):
             return
         best = self.misses.get((rule.op, root))
         if best is None or (found.complete, found.progress) > (best.complete, best.progress):
@@ -131,7 +132,7 @@ class _Fuser:
         if reason is not None and match.rule is fp8.BARE:
             layer = product_of(match).meta.get("layer", "")
             told = layer if settings.levels and reason == settings.levels.reason(layer) else ""
-            self.region.refuse("linear_fp8", _location(match), STAYS + reason, layer=told)
+            self.region.refuse("linear_fp8", location_of(match), STAYS + reason, layer=told)
 
     def activates_apart(self, match: Match) -> bool:
         """Whether a layer leaves its activation: to gated_act, or to a pass of its own."""
@@ -167,7 +168,7 @@ class _Fuser:
 
     def name_layer(self, match: Match) -> str:
         """The module's name, or the line; numbered where it multiplies by several weights."""
-        name = module_name(match, self.region.settings) or _location(match)
+        name = module_name(match, self.region.settings) or location_of(match)
         weights = self.region.layer_weights.setdefault(name, [])
         own = weight_name(match)
         if own not in weights:
@@ -184,7 +185,7 @@ class _Fuser:
         reason = fp8_attention.why_kept(match, found, self.region.settings, self.region.training)
         if reason is None:
             return found
-        self.region.refuse("attention_fp8", _location(match), f"stays in 16 bits: {reason}")
+        self.region.refuse("attention_fp8", location_of(match), f"stays in 16 bits: {reason}")
         return match
 
     def takes(self, op: str) -> bool:
@@ -270,10 +271,10 @@ class _Fuser:
             site=f"{op}_{number}",
             op=op,
             rule=match.rule.source,
-            location=_location(match),
+            location=location_of(match),
             shapes=tuple(tuple(s if isinstance(s, int) else str(s) for s in t.shape) for t in shown),
             dtype=str(next(iter(shown)).dtype).removeprefix("torch."),
-            bytes_saved=_bytes_saved(match),
+            bytes_saved=bytes_saved(match),
             flops=hint(ALL_OPS[op].flops(*values.values())),
             eager=eager,
             inputs=inputs,
@@ -295,7 +296,7 @@ class _Fuser:
         taken = {root for _, root in self.misses if root in self.rewriter.gone}
         for (op, root), miss in self.misses.items():
             if root not in taken and miss.node not in self.rewriter.gone:
-                self.region.refuse(op, location(root), _sentence(miss), miss.rule.source)
+                self.region.refuse(op, location(root), sentence(miss), miss.rule.source)
 
 
 def _switches_gradients(region: Region) -> bool:
@@ -310,30 +311,3 @@ def _read_as_a_view(node: fx.Node, match: Match, read: set[fx.Node]) -> bool:
     names = {name for name, value in match.arguments.items() if value is node}
     seen = [n for n, (name, _) in match.stands_for.items() if name in names and n is not node]
     return bool(seen) and all(n in read and memory(value_of(n)) == memory(value_of(node)) for n in seen)
-
-
-def _sentence(miss: Miss) -> str:
-    """The reason, and the line where the difference is if that is another one than the site's.
-
-    Equal layers give equal sentences, so that a report can count them.
-    """
-    where = location(miss.node)
-    elsewhere = not miss.complete and where and where != location(miss.root)
-    return f"{miss.reason} (at {where})" if elsewhere else miss.reason
-
-
-def _worth_telling(miss: Miss) -> bool:
-    """A near-match: all of the structure, or so much of it that the rest was to be expected."""
-    return miss.complete or (miss.anchored and 2 * miss.progress > miss.rule.traced.weight)
-
-
-def _location(match: Match) -> str:
-    heavy = [n for n in match.nodes if spell(n).name not in LAYOUT] or [match.root]
-    return next(filter(None, map(location, [*heavy, match.root])), "")
-
-
-def _bytes_saved(match: Match) -> int:
-    """Written and read back once each: what the intermediates cost that no longer exist."""
-    inner = [n for n in match.nodes if n not in match.outputs and not is_view(n)]
-    inner = [n for n in inner if isinstance(value_of(n), Tensor)]  # max gives a pair, whose parts are counted
-    return sum(2 * value_of(n).element_size() * hint(value_of(n).numel()) for n in inner)

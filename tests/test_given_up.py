@@ -27,12 +27,14 @@ def _decorated(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.M
     return wrapper
 
 
-class GivenUp(nn.Module):
-    """As Wav2Vec2's feature encoder under gradient checkpointing: Dynamo does not follow."""
-
+class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
+
+
+class GivenUp(Layer):
+    """As Wav2Vec2's feature encoder under gradient checkpointing: Dynamo does not follow."""
 
     @_decorated
     def forward(self, x: Tensor) -> Tensor:
@@ -41,11 +43,7 @@ class GivenUp(nn.Module):
         return F.gelu(self.linear(x))
 
 
-class Captured(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
+class Captured(Layer):
     @_decorated
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.linear(x))

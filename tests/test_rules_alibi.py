@@ -171,7 +171,7 @@ def _bloom(**settings: Any) -> nn.Module:
     return BloomForCausalLM(config)
 
 
-def _mpt() -> nn.Module:
+def mpt() -> nn.Module:
     from transformers import MptConfig, MptForCausalLM
 
     torch.manual_seed(0)
@@ -205,7 +205,7 @@ def test_bloom_with_padding_has_places_and_an_added_mask() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_mpt(dynamic: bool | None) -> None:
-    regions = check(_mpt(), IDS, dynamic=dynamic, tolerance=1e-4)
+    regions = check(mpt(), IDS, dynamic=dynamic, tolerance=1e-4)
     found = attentions(regions)
     assert len(found) == 2, reasons(regions)
     for given in found:

@@ -11,7 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rule_checks import Functional, calls, capture, check, reasons, sites
-from test_rules_alibi import QKV, SLOPES, D, H, Spelling, T, _attend, _causal, _distance, _scores, attentions
+from test_rules_alibi import (
+    LEFT,
+    QKV,
+    SLOPES,
+    D,
+    H,
+    Spelling,
+    T,
+    _attend,
+    _causal,
+    _distance,
+    _scores,
+    attentions,
+    mpt,
+)  # fmt: skip
 from torch import Tensor, nn
 
 import fusekit
@@ -36,21 +50,8 @@ def falcon(implementation: str, kind: str = "own keys", alibi: bool = True) -> n
     return FalconForCausalLM(config)
 
 
-def mpt() -> nn.Module:
-    from transformers import MptConfig, MptForCausalLM
-
-    torch.manual_seed(0)
-    config = MptConfig(
-        vocab_size=50, d_model=32, n_layers=2, n_heads=4, max_seq_len=12, expansion_ratio=2, use_cache=False
-    )
-    return MptForCausalLM(config)
-
-
 def tokens(length: int = 9) -> Tensor:
     return torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
-
-
-LEFT = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
