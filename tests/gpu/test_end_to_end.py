@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fusekit
 from fusekit.gpt import GPT, GPTConfig
@@ -219,3 +220,43 @@ def test_gates_of_fp8_layers(precision: str, monkeypatch: pytest.MonkeyPatch) ->
     if precision == "fp8-tensorwise":
         certificate = fusekit.verify(model, x)
         assert all(site.ok for site in certificate.sites if site.op == "gated_act"), str(certificate)
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank update, as LoRA adapts one."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x)) * 2.0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("precision", "tolerance"), [("keep", 1e-5), ("bf16", 3e-2), ("fp16", 4e-3)])
+def test_an_adapted_gate_trains_as_eager_does(precision: str, tolerance: float, checkpointed: bool) -> None:
+    class SwiGLU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = Adapted(32, 96), Adapted(32, 96), Adapted(96, 32)
+
+        def mlp(self, x: Tensor) -> Tensor:
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (checkpoint(self.mlp, x, use_reentrant=False) if checkpointed else self.mlp(x))
+
+    torch.manual_seed(0)
+    eager = SwiGLU().to("cuda")
+    model = fusekit.optimize(copy.deepcopy(eager), precision=precision, remainder="eager")
+    x = torch.randn(38, 32, generator=torch.Generator().manual_seed(2)).to("cuda")
+    found = []
+    for each in (eager, model):
+        y = each(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
+    assert [f.op for f in fusekit.explain(model).fused].count("gated_act") == 1, str(fusekit.explain(model))
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() <= tolerance * want.norm()
