@@ -122,6 +122,35 @@ def test_llama_keeps_its_mlp_and_gates_what_dropout_parts() -> None:
     assert sites(regions) == {"gated_act": 1}
 
 
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_attention_heads=4, num_local_experts=4)
+    return MixtralForCausalLM(config)
+
+
+def _mamba2() -> nn.Module:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}
+    config = Mamba2Config(hidden_size=32, num_hidden_layers=2, vocab_size=50, **sizes)
+    return Mamba2ForCausalLM(config)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
+
+
+@pytest.mark.parametrize(
+    ("build", "found"), [(_mixtral, (False, "silu", False)), (_mamba2, (True, "silu", False))]
+)
+def test_gates_of_experts_and_of_state_spaces(build, found) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tokens = torch.randint(50, (2, 11), generator=torch.Generator().manual_seed(1))
+    regions = check(build(), tokens, use_cache=False, tolerance=1e-4)
+    assert acts(regions) == [found, found]
+
+
 def _broadcast(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(x, a).mean(1, keepdim=True)) * F.linear(x, b)
 
