@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from fusekit.passes import _compat
+from fusekit.passes.gradient import needs_gradient
 
 
 def canonicalise(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -46,6 +47,7 @@ def canonicalise(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gr
         torch.set_grad_enabled(grad_enabled)  # grad-mode regions really ran during the trace
     _describe_placeholders(module, graph, example_inputs)
     complete_meta(graph, _compat.tracing_fake_mode())
+    _describe_bodies(graph)
     graph.meta["autocast"] = ambient_autocast()
     return graph
 
@@ -158,9 +160,6 @@ class _Canonicaliser(fx.Interpreter):
             return _Canonicaliser(body, self._cache_autocast).run(*inputs)
 
         canonical, outputs = _compat.trace_body(run, args)
-        # Of a body's inputs nothing else tells: tables made under no_grad are no learned ones.
-        for node, value in zip(canonical.graph.find_nodes(op="placeholder"), args, strict=True):
-            node.meta["requires_grad"] = isinstance(value, Tensor) and value.requires_grad
         context_fn = body.meta.get("_checkpoint_context_fn")
         if context_fn is not None:
             canonical.meta["_checkpoint_context_fn"] = context_fn
@@ -176,6 +175,16 @@ def _describe_placeholders(dynamo: fx.GraphModule, graph: fx.GraphModule, values
         node.meta["parameter"] = isinstance(value, torch.nn.Parameter)
         node.meta["requires_grad"] = isinstance(value, Tensor) and value.requires_grad
     graph.recompile()
+
+
+def _describe_bodies(graph: fx.GraphModule) -> None:
+    """Of a checkpoint's inputs nothing else tells whether a gradient is wanted: tables made under no_grad are
+    no learned ones."""
+    for module in bodies(graph):
+        for call in module.graph.find_nodes(op="call_function", target=call_checkpoint):
+            inputs = getattr(module, call.args[0].target).graph.find_nodes(op="placeholder")
+            for outside, own in zip(call.args[1:], inputs, strict=False):
+                own.meta["requires_grad"] = isinstance(outside, fx.Node) and needs_gradient(outside)
 
 
 def complete_meta(graph: fx.GraphModule, mode: Any) -> None:
