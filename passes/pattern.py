@@ -153,8 +153,8 @@ _TRACED: dict[Any, fx.GraphModule] = {}  # rules share the functions in `also`
 class Pattern:
     """A traced pattern: its nodes, its letters and their sizes, the magic numbers that stand for captures.
 
-    weight: its nodes beyond layout. size: those of its longest spelling, linears counting one; of outputs
-        that do not depend on each other, those of one.
+    heavy: its nodes beyond layout, without other spellings of a call; weight: how many. size: those of its
+        longest spelling, linears counting one; of outputs that do not depend on each other, those of one.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -165,7 +165,8 @@ class Pattern:
         self.magic = {0.1234567 + 0.01 * i: n for i, n in enumerate(n for n in names if n not in rule.shapes)}
         graph = self._trace(names)
         self.spelled = _spell_calls(graph)
-        self.weight = sum(s.name not in LAYOUT for s in self.spelled.values())
+        self.heavy = frozenset(node for node, s in self.spelled.items() if s.name not in LAYOUT)
+        self.weight = len(self.heavy)
         result: Any = graph.output_node().args[0]
         self.outputs: tuple[fx.Node, ...] = tuple(result) if isinstance(result, (list, tuple)) else (result,)
         self.also = {

@@ -17,7 +17,6 @@ from fusekit.passes.pattern import (
     COMMUTATIVE,
     INVERSE_ARGS,
     INVERTIBLE,
-    LAYOUT,
     NEUTRAL,
     Match,
     Miss,
@@ -87,7 +86,7 @@ class Search:
     def fail(self, state: State, at: Any, reason: str) -> None:
         if self.beyond_first:
             return
-        progress = sum(self.pattern.spelled[p].name not in LAYOUT for p in state.nodes)
+        progress = len(self.pattern.heavy & state.nodes.keys())
         if progress and not (self.miss and (self.miss.complete or self.miss.progress >= progress)):
             node = at if isinstance(at, fx.Node) else self.root
             anchored = any(self.pattern.spelled[p].name in ANCHORS for p in state.nodes)

@@ -25,7 +25,8 @@ PACKED = {"gate": "* 2*H"}
 
 
 def pays(node: fx.Node) -> bool:
-    """On a CPU eager's two passes take as long as one of ours, measured in three dtypes: 0.4 to 1.1 times."""
+    """On a CPU eager's passes stay in cache as ours does, which has 0.3 to 1.1 of their speed, forward and
+    backward (three dtypes, one thread of an AVX2 processor)."""
     return on_gpu(tensors_of(value_of(node))[0])
 
 
