@@ -68,7 +68,7 @@ CONFIGS_SM90 = {
 # grad_key_value, no mask: heads that share keys, bands, caps, ALiBi, documents; features that do not fill
 # 128; 128 features on sm_80, where Triton 3.6 spills
 NARROWER = {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)}
-FORWARD_SM80 = (128, 32, 8, 3)  # features that do not fill 128, documents
+FORWARD_SM80 = (128, 32, 8, 3)  # up to 32 features, features that do not fill 128, documents of these
 MASKED_SM80 = (128, 16, 8, 1)  # up to 64 features
 # Two or more of a mask, dropout, a cap, ALiBi, documents and global tokens: registers for all of them.
 COMBINED = {
@@ -111,7 +111,7 @@ def _blocks(
         return _blocks_float32(kernel, max(32, widest), more, form, q)
     if form.demands > 1:
         return COMBINED[kernel]
-    widest = max(64, widest)
+    narrow, widest = widest <= 32, max(64, widest)
     plain, masked, dropping = CONFIGS[kernel][widest]
     if form.dropout > 0.0:
         return dropping
@@ -125,10 +125,11 @@ def _blocks(
         if measured is not None and target_of(capability(q)) == "sm_90":
             return measured
     partial = widest == 128 and min(q.shape[-1], v.shape[-1]) < 128
-    on_sm80 = widest == 128 and target_of(capability(q)) == "sm_80"
+    on_sm80 = target_of(capability(q)) == "sm_80"
     if kernel == "forward":
-        return FORWARD_SM80 if on_sm80 and (partial or form.documents is not None) else plain
-    if kernel == "grad_key_value" and (more or partial or on_sm80):
+        spills = narrow or (widest == 128 and (partial or form.documents is not None))
+        return FORWARD_SM80 if on_sm80 and spills else plain
+    if kernel == "grad_key_value" and (more or partial or (on_sm80 and widest == 128)):
         return NARROWER[widest]
     return plain
 
