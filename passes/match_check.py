@@ -17,12 +17,14 @@ _PROMOTED = frozenset({"add", "mul", "masked_fill", "where"})  # on the way from
 
 
 class State(NamedTuple):
-    """What of the pattern is found: its nodes in the graph, those left out, its operands and numbers."""
+    """What of the pattern is found: its nodes in the graph, those left out, its operands and numbers; and
+    second casts of a tensor that an operand is the first of, by the operand's name."""
 
     nodes: dict[fx.Node, fx.Node]
     skipped: dict[fx.Node, fx.Node]
     operands: dict[str, Any]
     captures: dict[str, float]
+    casts: dict[fx.Node, str]
 
     def having(self, **changes: dict[Any, Any]) -> State:
         return self._replace(**{name: {**getattr(self, name), **new} for name, new in changes.items()})

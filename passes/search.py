@@ -51,7 +51,7 @@ class Search:
 
     def outputs(self) -> Iterator[State]:
         """Every way in which the pattern ends at the root; its other outputs where they are found."""
-        for state in self.node(self.pattern.outputs[0], self.root, State({}, {}, {}, {})):
+        for state in self.node(self.pattern.outputs[0], self.root, State({}, {}, {}, {}, {})):
             yield from self.others(self.pattern.outputs[1:], state)
 
     def others(self, left: Sequence[fx.Node], state: State) -> Iterator[State]:
@@ -72,6 +72,7 @@ class Search:
         known = [self.known(a, state) for a in self.pattern.spelled[p].args if isinstance(a, fx.Node)]
         found: set[fx.Node] = set()
         level = {node for node in known if isinstance(node, fx.Node)}
+        level |= {cast for node in level for cast in _casts_beside(node)}
         for _ in range(REACH):
             level = {user for node in level for user in node.users} - found
             found |= level
@@ -183,8 +184,11 @@ class Search:
 
     def operand(self, name: str, value: Any, state: State) -> Iterator[State]:
         if name in state.operands:
-            if state.operands[name] == value:
+            first = state.operands[name]
+            if first == value:
                 yield state
+            elif isinstance(value, fx.Node) and isinstance(first, fx.Node) and first in _casts_beside(value):
+                yield state.having(operands={name: min(first, value)}, casts={max(first, value): name})
             else:
                 self.fail(state, value, f"{name} would have to be two different tensors")
             return
@@ -209,9 +213,20 @@ class Search:
                 stands_for[value.args[0]] = (name, value)
             elif value is not None:
                 stands_for[value] = (name, None)
+        stands_for |= {node: (name, None) for node, name in state.casts.items()}
         return Match(
             self.pattern.rule, outputs, sorted(with_producers(state.nodes.values())), arguments, stands_for
         )
+
+
+def _casts_beside(node: fx.Node) -> list[fx.Node]:
+    """Other casts of the same tensor to the same dtype, within one region: autocast casts an activation for
+    each of its readers. An op that reads one sums the gradients before it rounds them."""
+    spelled = spell(node)
+    if spelled.name != "to" or not isinstance(spelled.args[0], fx.Node):
+        return []
+    others = [n for n in spelled.args[0].users if n is not node and spell(n) == spelled]
+    return [n for n in others if n.meta.get("region") == node.meta.get("region")]
 
 
 def _module(node: fx.Node) -> list[Any]:
