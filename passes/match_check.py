@@ -11,7 +11,7 @@ from torch import fx
 
 from fusekit.passes.letters import equal, translate, unify
 from fusekit.passes.pattern import INVERTIBLE, LOW, New, Pattern
-from fusekit.passes.spelling import Spelling, spell, value_of
+from fusekit.passes.spelling import Spelling, said, spell, value_of
 
 _PROMOTED = frozenset({"add", "mul", "masked_fill", "where"})  # on the way from the products to the softmax
 
@@ -81,7 +81,7 @@ def _wrong_surroundings(pattern: Pattern, state: State) -> str | None:
             if user not in nodes:
                 promise = user.op == "output" and pattern.rule.op == "linear_cross_entropy"
                 hint = "; keep_logits=False promises that nobody reads the logits" if promise else ""
-                return f"the result of {spell(node).name} is also read by {user.name}{hint}"
+                return f"the result of {spell(node).name} is also read by {said(user)}{hint}"
     return None
 
 

@@ -24,7 +24,7 @@ from fusekit.passes.pattern import (
     New,
     Pattern,
 )
-from fusekit.passes.spelling import Spelling, Start, spell, value_of
+from fusekit.passes.spelling import Spelling, Start, said, spell, value_of
 
 # Nodes from an argument to an output: the longest linear is x.view(-1, K), addmm, and the view back.
 REACH = 3
@@ -117,7 +117,7 @@ class Search:
             for ours, theirs in self.orders(wanted, there):
                 yield from self.arguments(ours, theirs, value, extended)
         elif wanted.name not in ("to", "reshape", *NEUTRAL) and p not in self.pattern.also:
-            self.fail(state, value, f"{there.name} where {wanted.name} is needed")
+            self.fail(state, value, f"{said(value)} where {wanted.name} is needed")
         yield from self.absent(p, wanted, there, value, state)
 
     def orders(self, wanted: Spelling, there: Spelling) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
@@ -179,7 +179,7 @@ class Search:
                 yield state.having(captures={name: theirs})
         elif _same_literal(ours, theirs):
             yield state
-        else:
+        elif not isinstance(theirs, fx.Node):  # a product with a tensor is another function, no near-match
             self.fail(state, at, f"{spell(at).name} has {theirs} where {ours} is needed")
 
     def operand(self, name: str, value: Any, state: State) -> Iterator[State]:
