@@ -97,7 +97,10 @@ class Session:
         forwards = {_forward(type(module)) for module in self.model.modules()}
         for frame in skipped:
             _given_up.update({forward: frame for forward in forwards if forward.called == frame.code})
-        for frame in [*skipped, *(_given_up[forward] for forward in forwards & _given_up.keys())]:
+        # What a whole graph has inlined is no frame, whatever became of it elsewhere.
+        broken = self.graph_breaks or skipped or not self.regions or _forward(type(self.model)) in _given_up
+        known = [_given_up[forward] for forward in forwards & _given_up.keys()] if broken else []
+        for frame in [*skipped, *known]:
             self.capture.fail(frame.line, frame.reason)
         if self.settings.strict:
             self._insist()

@@ -11,18 +11,20 @@ from torch import fx
 
 from fusekit.passes.letters import equal, translate, unify
 from fusekit.passes.pattern import INVERTIBLE, LOW, New, Pattern
-from fusekit.passes.spelling import Spelling, spell, value_of
+from fusekit.passes.spelling import Spelling, said, spell, value_of
 
 _PROMOTED = frozenset({"add", "mul", "masked_fill", "where"})  # on the way from the products to the softmax
 
 
 class State(NamedTuple):
-    """What of the pattern is found: its nodes in the graph, those left out, its operands and numbers."""
+    """What of the pattern is found: its nodes in the graph, those left out, its operands and numbers; and
+    second casts of a tensor that an operand is the first of, by the operand's name."""
 
     nodes: dict[fx.Node, fx.Node]
     skipped: dict[fx.Node, fx.Node]
     operands: dict[str, Any]
     captures: dict[str, float]
+    casts: dict[fx.Node, str]
 
     def having(self, **changes: dict[Any, Any]) -> State:
         return self._replace(**{name: {**getattr(self, name), **new} for name, new in changes.items()})
@@ -79,7 +81,7 @@ def _wrong_surroundings(pattern: Pattern, state: State) -> str | None:
             if user not in nodes:
                 promise = user.op == "output" and pattern.rule.op == "linear_cross_entropy"
                 hint = "; keep_logits=False promises that nobody reads the logits" if promise else ""
-                return f"the result of {spell(node).name} is also read by {user.name}{hint}"
+                return f"the result of {spell(node).name} is also read by {said(user)}{hint}"
     return None
 
 

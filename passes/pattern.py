@@ -9,6 +9,7 @@ scale) enter as magic values and are captured from the graph. A match needs, bey
                             intermediate must be what the pattern computes on tensors of x's dtype
     x * scale               also x / (1 / scale), or nothing (scale 1); dropout also nothing (p 0)
     w.t(), ~mask, k.mT      on a bare argument: also anything else, of which it is the transpose or complement
+    a tensor read twice     also two equal casts of one tensor, as autocast makes one for each reader
     shapes                  every intermediate has the shape the pattern gives it
     no escape               only the pattern's outputs are read from outside
     one region              no grad-mode, autocast or in-place boundary inside

@@ -23,7 +23,7 @@ from fusekit.passes.pattern import (
     New,
     Pattern,
 )
-from fusekit.passes.spelling import Spelling, Start, spell, value_of
+from fusekit.passes.spelling import Spelling, Start, said, spell, value_of
 
 # Nodes from an argument to an output: the longest linear is x.view(-1, K), addmm, and the view back.
 REACH = 3
@@ -50,7 +50,7 @@ class Search:
 
     def outputs(self) -> Iterator[State]:
         """Every way in which the pattern ends at the root; its other outputs where they are found."""
-        for state in self.node(self.pattern.outputs[0], self.root, State({}, {}, {}, {})):
+        for state in self.node(self.pattern.outputs[0], self.root, State({}, {}, {}, {}, {})):
             yield from self.others(self.pattern.outputs[1:], state)
 
     def others(self, left: Sequence[fx.Node], state: State) -> Iterator[State]:
@@ -71,6 +71,7 @@ class Search:
         known = [self.known(a, state) for a in self.pattern.spelled[p].args if isinstance(a, fx.Node)]
         found: set[fx.Node] = set()
         level = {node for node in known if isinstance(node, fx.Node)}
+        level |= {cast for node in level for cast in _casts_beside(node)}
         for _ in range(REACH):
             level = {user for node in level for user in node.users} - found
             found |= level
@@ -115,7 +116,7 @@ class Search:
             for ours, theirs in self.orders(wanted, there):
                 yield from self.arguments(ours, theirs, value, extended)
         elif wanted.name not in ("to", "reshape", *NEUTRAL) and p not in self.pattern.also:
-            self.fail(state, value, f"{there.name} where {wanted.name} is needed")
+            self.fail(state, value, f"{said(value)} where {wanted.name} is needed")
         yield from self.absent(p, wanted, there, value, state)
 
     def orders(self, wanted: Spelling, there: Spelling) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
@@ -177,13 +178,16 @@ class Search:
                 yield state.having(captures={name: theirs})
         elif _same_literal(ours, theirs):
             yield state
-        else:
+        elif not isinstance(theirs, fx.Node):  # a product with a tensor is another function, no near-match
             self.fail(state, at, f"{spell(at).name} has {theirs} where {ours} is needed")
 
     def operand(self, name: str, value: Any, state: State) -> Iterator[State]:
         if name in state.operands:
-            if state.operands[name] == value:
+            first = state.operands[name]
+            if first == value:
                 yield state
+            elif isinstance(value, fx.Node) and isinstance(first, fx.Node) and first in _casts_beside(value):
+                yield state.having(operands={name: min(first, value)}, casts={max(first, value): name})
             else:
                 self.fail(state, value, f"{name} would have to be two different tensors")
             return
@@ -208,9 +212,20 @@ class Search:
                 stands_for[value.args[0]] = (name, value)
             elif value is not None:
                 stands_for[value] = (name, None)
+        stands_for |= {node: (name, None) for node, name in state.casts.items()}
         return Match(
             self.pattern.rule, outputs, sorted(with_producers(state.nodes.values())), arguments, stands_for
         )
+
+
+def _casts_beside(node: fx.Node) -> list[fx.Node]:
+    """Other casts of the same tensor to the same dtype, within one region: autocast casts an activation for
+    each of its readers. An op that reads one sums the gradients before it rounds them."""
+    spelled = spell(node)
+    if spelled.name != "to" or not isinstance(spelled.args[0], fx.Node):
+        return []
+    others = [n for n in spelled.args[0].users if n is not node and spell(n) == spelled]
+    return [n for n in others if n.meta.get("region") == node.meta.get("region")]
 
 
 def _module(node: fx.Node) -> list[Any]:

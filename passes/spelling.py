@@ -47,6 +47,19 @@ def spell(node: fx.Node) -> Spelling:
     return respell(node, name, args) if respell else Spelling(name, args)
 
 
+def said(node: fx.Node) -> str:
+    """What a node is, for a reader who sees no graph; in the same words for every layer."""
+    if node.op == "placeholder":
+        return "a parameter" if node.meta.get("parameter") else "an input"
+    if node.op != "call_function":
+        return node.op
+    if node.target is operator.getitem and spell(node).name.startswith("call_function"):
+        return f"a part of what {said(node.args[0])} returns"  # type: ignore[arg-type]
+    if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+        return str(getattr(node.target, "__name__", node.target)).removeprefix("call_")
+    return spell(node).name
+
+
 def _part(node: fx.Node) -> Spelling:
     """One of the tensors that chunk, split, unbind and max return: a slice, a row, the largest elements."""
     producer, index = node.args

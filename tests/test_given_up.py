@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -61,3 +62,37 @@ def test_a_frame_given_up_is_told_to_every_model_that_has_it_and_to_no_other() -
         model(torch.randn(3, 8))
     report = fusekit.explain(model)
     assert not report.notes and [fusion.op for fusion in report.fused] == ["linear_act"]
+
+
+class Lazy(nn.Module):
+    """As transformers' models that return router logits: Dynamo does not follow the first call's set-up."""
+
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.ready = nn.Linear(8, 8), False
+
+    def set_up(self) -> None:
+        if not self.ready:
+            with self.lock:
+                self.ready = True
+
+    @_decorated
+    def forward(self, x: Tensor) -> Tensor:
+        self.set_up()
+        return F.gelu(self.linear(x))
+
+
+def test_a_frame_that_was_given_up_once_is_none_where_it_is_inlined() -> None:
+    model, x = nn.Sequential(Lazy(), nn.LayerNorm(8)), torch.randn(3, 8)
+    with pytest.warns(UserWarning, match=r"left test_given_up.py:\d+ unoptimised"):
+        fusekit.optimize(model)(x)
+    for again in (model, nn.Sequential(Lazy(), nn.LayerNorm(8))):
+        again[0].ready = True
+        fusekit.optimize(again)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again(x)
+        report = fusekit.explain(again)
+        assert report.graphs == 1 and not report.notes and not report.graph_breaks

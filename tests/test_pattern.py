@@ -89,6 +89,8 @@ def test_a_transposed_argument_may_be_anything() -> None:
 
 MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "another op": (lambda x, y: torch.sin(x) + torch.cos(y), "sin where tanh is needed"),
+    "an argument": (lambda x, y: x + y, "an input where tanh is needed"),
+    "a part": (lambda x, y: torch.aminmax(x)[0] + y, "aminmax"),
     "escape": (lambda x, y: (lambda t: (t + y, t))(torch.tanh(x * 2.0)), "also read by output"),
     "a tensor for a number": (lambda x, y: torch.tanh(x * y) + y, "scale is computed"),
     "broadcast": (lambda x, y: torch.tanh(x * 2.0) + y[0], "leading sizes"),
@@ -112,6 +114,8 @@ def test_literals_must_agree() -> None:
     assert isinstance(_find(rule, lambda x: torch.tanh(x) * 0.79788456080287, X), Match)
     found = _find(rule, lambda x: torch.tanh(x) * 0.8, X)
     assert isinstance(found, Miss) and "0.8 where 0.7978845608" in found.reason
+    found = _find(rule, lambda x: torch.tanh(x) * x, X)
+    assert not isinstance(found, Miss) or "0.7978845608" not in found.reason
 
 
 def test_one_number_captured_twice_is_one_number() -> None:

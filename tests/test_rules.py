@@ -229,6 +229,16 @@ def test_equal_misses_read_alike_and_name_the_line() -> None:
     assert first.startswith("attention: sin where matmul is needed (at test_rules.py:")
 
 
+def test_an_intermediate_read_elsewhere_is_told_alike_for_every_layer() -> None:
+    def layer(x: Tensor, w: Tensor) -> Tensor:
+        h = F.linear(x, w)
+        return F.gelu(h) + h * 2.0
+
+    _, regions = capture(Functional(lambda x, w: layer(layer(x, w), w), (8, 8)), torch.randn(3, 8))
+    told = {r.reason for region in regions for r in region.refusals if r.op == "linear_act"}
+    assert told == {"the result of linear is also read by mul"}
+
+
 def test_varying_sizes_match_alike() -> None:
     regions = check(Act(nn.GELU(), residual=True), torch.randn(2, 3, 8), dynamic=True)
     assert sites(regions) == {"linear_act": 1}

@@ -151,3 +151,27 @@ def test_an_autocast_boundary_inside_is_no_match() -> None:
 
     _, regions = capture(Functional(function, (12, 8), (8, 12)), X)
     assert not sites(regions)["mlp"]
+
+
+def cast_twice(recorded: bool) -> Functional:
+    """As autocast casts an activation: once for each of its readers."""
+
+    def function(x: Tensor, scale: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        x = x * scale
+        with torch.set_grad_enabled(recorded):
+            first = x.bfloat16()
+        g, u = F.silu(F.linear(first, gate.bfloat16())), F.linear(x.bfloat16(), up.bfloat16())
+        return F.linear(g * u, down.bfloat16())
+
+    return Functional(function, (8,), (12, 8), (12, 8), (8, 12))
+
+
+def test_an_input_cast_beside_each_linear() -> None:
+    regions = check(cast_twice(recorded=True), X, tolerance=2e-2)
+    assert sites(regions) == {"gated_mlp": 1}
+    assert calls(regions, "to") == 4
+
+
+def test_casts_with_and_without_a_gradient_are_two() -> None:
+    regions = check(cast_twice(recorded=False), X, tolerance=2e-2)
+    assert not sites(regions)["gated_mlp"]

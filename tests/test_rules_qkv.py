@@ -194,6 +194,20 @@ def test_weights_cast_beside_each_linear() -> None:
     assert not sites(regions) and "only after a result is read" in reasons(regions)
 
 
+def test_an_input_cast_beside_each_linear() -> None:
+    """As autocast casts an activation; the casts after the first result is read go."""
+
+    def function(x: Tensor, scale: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = x * scale
+        first = F.linear(x.bfloat16(), q.bfloat16()).sin()
+        more = [F.linear(x.bfloat16(), w.bfloat16()) for w in (k, v)]
+        return torch.stack((first, *more))
+
+    regions = check(Functional(function, (8,), *[(6, 8)] * 3), X, tolerance=2e-2)
+    assert sites(regions) == {"qkv_linear": 1}
+    assert calls(regions, "to") == 4
+
+
 def test_results_stay_in_order_and_are_each_others() -> None:
     """k is read before q is made, and each result has its own width."""
 
