@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fusekit.passes.match_check import State, is_shared, why_not, with_producers
+from fusekit.passes.normalise import same_meta
 from fusekit.passes.pattern import (
     ANCHORS,
     COMMUTATIVE,
@@ -224,8 +225,9 @@ def _casts_beside(node: fx.Node) -> list[fx.Node]:
     spelled = spell(node)
     if spelled.name != "to" or not isinstance(spelled.args[0], fx.Node):
         return []
-    others = [n for n in spelled.args[0].users if n is not node and spell(n) == spelled]
-    return [n for n in others if n.meta.get("region") == node.meta.get("region")]
+    region = node.meta.get("region")
+    others = [n for n in spelled.args[0].users if n is not node and n.meta.get("region") == region]
+    return [n for n in others if spell(n) == spelled and same_meta(value_of(n), value_of(node))]
 
 
 def _module(node: fx.Node) -> list[Any]:

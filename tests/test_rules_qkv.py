@@ -332,3 +332,13 @@ def test_a_swapped_result_is_caught(fused_on_a_cpu: None, monkeypatch: pytest.Mo
     model = fusekit.optimize(Attention(), fuse=["qkv_linear"])
     certificate = fusekit.verify(model, X)
     assert not certificate.ok
+
+
+def test_casts_to_two_dtypes_are_two_inputs() -> None:
+    def function(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        first = F.linear(x.bfloat16(), q.bfloat16()).float()
+        return first + F.linear(x.half(), k.half()).float() + F.linear(x.bfloat16(), v.bfloat16()).float()
+
+    _, regions = capture(Functional(function, (8, 8), (8, 8), (8, 8)), torch.randn(2, 3, 8))
+    assert not sites(regions)["qkv_linear"]
