@@ -6,12 +6,10 @@ and not in the middle of a step.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +32,8 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from fusekit.passes._dynamo_settings import dynamo_settings
 
 __all__ = [
     "FakeTensor",
@@ -292,45 +292,6 @@ def compile_call(
         options = {}
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(call, backend=backend, dynamic=dynamic, **options)
-
-
-@contextlib.contextmanager
-def dynamo_settings() -> Iterator[None]:
-    """Dynamo's configuration while one of our frames is compiled, and only then.
-
-    specialize_float: attention scales and norm epsilons stay literals of the graph and do not become inputs.
-    warning_once: transformers' log-once calls are GPT-2's and gradient checkpointing's only graph break.
-    allow_rnn: an LSTM is one node, left alone; without it, its frame and all beside it would stay eager.
-    requires_grad_() of an intermediate, which adapters call on a frozen embedding's output: Dynamo breaks the
-        frame where it reaches a result, as AOTAutograd would drop it there. Our graphs call it.
-    """
-    from torch._dynamo import config
-
-    settings: dict[str, Any] = {"specialize_float": True}
-    if hasattr(config, "allow_rnn"):
-        settings["allow_rnn"] = True
-    warning_once = getattr(logging.Logger, "warning_once", None)
-    if warning_once is not None:
-        settings["ignore_logging_functions"] = set(config.ignore_logging_functions) | {warning_once}
-    with config.patch(settings), _requires_grad_may_leak():
-        yield
-
-
-@contextlib.contextmanager
-def _requires_grad_may_leak() -> Iterator[None]:
-    """From torch 2.13 on; before, Dynamo traces no requires_grad_() and the frame breaks there."""
-    from torch._dynamo.output_graph import OutputGraph
-
-    name = "_check_requires_grad_intermediate_outputs"
-    check = getattr(OutputGraph, name, None)
-    if check is None:
-        yield
-        return
-    setattr(OutputGraph, name, lambda *_: None)
-    try:
-        yield
-    finally:
-        setattr(OutputGraph, name, check)
 
 
 class _FiveOps(torch.nn.Module):
