@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from fusekit.checkpoint import replace_text
+from fusekit.kernels.linear_cpu import multiplies
 from fusekit.meter import machine
 from fusekit.monitor import Monitor
 from fusekit.plots import plot_comparison
@@ -38,6 +40,10 @@ CONTENDERS = (  # name, provider, precision; the first sets the number of steps
 NOTE = (
     "bf16 of eager and torch.compile is torch.autocast; speed: wall time, against the first row; "
     "parity: fused sites that match float64"
+)
+EMULATED = (
+    "this CPU has no bfloat16 matrix instructions: fusekit's bf16 products run in float32, which saves "
+    "memory and no time; eager's and torch.compile's run in scalar code"
 )
 FIXED_SECONDS = 130.0  # four starts, torch.compile, capture, verify: measured on 2 cores
 PATIENCE = 1.5  # times the minutes asked for, after which what is not finished is stopped
@@ -115,6 +121,8 @@ def compare(comparison: Comparison, console: Console | None = None) -> int:
     replace_text(comparison.folder / "report.json", json.dumps(report, indent=1))
     drawn = plot_comparison(results, comparison.folder / "comparison.png")
     console.print(table(results))
+    if comparison.device == "cpu" and not multiplies(torch.bfloat16):
+        console.print(EMULATED, highlight=False, soft_wrap=True)
     names = f"report.json{' and comparison.png' * drawn}"
     console.print(f"{names} written to {comparison.folder}", highlight=False, soft_wrap=True)
     if interrupted:

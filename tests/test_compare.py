@@ -48,6 +48,14 @@ def test_same_seed_and_data_in_every_process(comparison, monkeypatch):
     assert (comparison.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("able", [False, True])
+def test_what_bf16_is_on_a_cpu_without_it_is_said(comparison, monkeypatch, able):
+    monkeypatch.setattr(module, "CONTENDERS", (("eager", "eager", "float32"),))
+    monkeypatch.setattr(module, "multiplies", lambda dtype: able)
+    _, output, _ = run(comparison)
+    assert ("has no bfloat16 matrix instructions" in output) is not able
+
+
 def test_a_contender_that_fails_is_named_and_the_rest_goes_on(comparison, monkeypatch):
     broken = Comparison(**vars(comparison) | {"sizes": SIZES | {"width": 17}})
     monkeypatch.setattr(module, "CONTENDERS", (("first", "eager", "float32"), ("second", "eager", "float32")))
