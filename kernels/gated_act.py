@@ -104,7 +104,7 @@ def _dense_rows(gate: Tensor, up: Tensor | None) -> list[Tensor]:
 def _run_forward(gate: Tensor, up: Tensor | None, act: str, up_first: bool, maxima: Tensor | None) -> Tensor:
     y, form, z = _empty(gate, up), gated_form(up, up_first), _dense_rows(gate, up)
     if not on_gpu(gate):
-        hidden_cpu.gate_forward(z, act, form, _rows(y))
+        _rows(y).copy_(hidden_cpu.activate([t.float() for t in z], act, form, in_place=False))
     elif y.numel() or recording():
         maxima = None if maxima is None or not maxima.numel() else maxima
         hidden_pass(z, None, act, form, _rows(y), [], maxima=maxima)
@@ -119,7 +119,10 @@ def _run_backward(dy: Tensor, gate: Tensor, up: Tensor | None, act: str, up_firs
     grads, form = _empty_grads(dy, gate, up, act, up_first), gated_form(up, up_first)
     z, dz, dy = _dense_rows(gate, up), [_rows(grad) for grad in grads], _rows(dy).contiguous()
     if not on_gpu(gate):
-        hidden_cpu.gate_backward(z, dy, act, form, dz)
+        for grad, wide in zip(
+            dz, hidden_cpu.derive([t.float() for t in z], dy.float(), act, form)[1], strict=True
+        ):
+            grad.copy_(wide)
     elif dy.numel() or recording():
         hidden_pass(z, dy, act, form, None, dz)
     return grads

@@ -12,7 +12,6 @@ from torch import Tensor
 from fusekit.kernels import cpu_library
 from fusekit.kernels.activations import ACTIVATIONS
 from fusekit.kernels.hidden_form import parts, stores_hidden
-from fusekit.kernels.linear_cpu import PASS_BYTES, _row_blocks
 
 COMPILED = cpu_library.ACTIVATIONS[:4]  # those whose derivative reads z
 SUMS = 64  # partial column sums, added up in this order whatever the threads
@@ -36,27 +35,20 @@ def derive(saved: list[Tensor], dh: Tensor | None, act: str, form: str) -> tuple
     if stores_hidden(act, form):
         return saved[0], [] if dh is None else [ACTIVATIONS[act].cpu_backward(dh, saved[0], dh)]
     gate, up = parts(saved, form)
-    if dh is None or up is None:
-        h = activate([gate], act, "plain", in_place=False)
-        if dh is None:
-            return h if up is None else h * up, []
+    h = activate([gate], act, "plain", in_place=False)
+    if dh is None:
+        return h if up is None else h * up, []
+    if up is None:
         ACTIVATIONS[act].cpu_backward(dh, gate, dh)
         return h, [dh]
     dzs = [torch.empty_like(t) for t in saved]
     dgate, dup = parts(dzs, form)
     assert dup is not None
-    h = _gate_gradients(gate, up, dh, act, dgate, dup)
-    return (h * up if h is gate else h.mul_(up)), dzs
-
-
-def _gate_gradients(gate: Tensor, up: Tensor, dh: Tensor, act: str, dgate: Tensor, dup: Tensor) -> Tensor:
-    """Write dgate and dup, all float32; returns act(gate), which is gate itself where act is "none"."""
-    h = activate([gate], act, "plain", in_place=False)
     torch.mul(dh, h, out=dup)
     torch.mul(dh, up, out=dgate)
     if act != "none":
         ACTIVATIONS[act].cpu_backward(dgate, gate, dgate)
-    return h
+    return (h * up if h is gate else h.mul_(up)), dzs
 
 
 def compiled(act: str, dtype: torch.dtype) -> bool:
@@ -92,28 +84,3 @@ def derive_whole(
     )  # fmt: skip
     for total, each in zip(sums, partial.sum(1), strict=True):
         total.copy_(each)
-
-
-def gate_forward(z: list[Tensor], act: str, form: str, h: Tensor) -> None:
-    """Write h (M, H), contiguous, of z in any dtype, (M, H) each or (M, 2 H) where packed."""
-    gate, up = parts(z, form)
-    assert up is not None
-    for rows in _row_blocks(len(h), h.shape[1], PASS_BYTES):
-        wide = h[rows] if h.dtype == torch.float32 else gate[rows].float()
-        ACTIVATIONS[act].cpu(gate[rows] if wide.dtype == gate.dtype else wide, wide)
-        wide.mul_(up[rows])
-        if wide.dtype != h.dtype:
-            h[rows] = wide
-
-
-def gate_backward(z: list[Tensor], dh: Tensor, act: str, form: str, dzs: list[Tensor]) -> None:
-    """Write dzs, contiguous, of such z; dh (M, H), contiguous."""
-    (gate, up), grads = parts(z, form), parts(dzs, form)
-    assert up is not None
-    for rows in _row_blocks(len(dh), 2 * dh.shape[1], PASS_BYTES):
-        own = [t[rows] for t in grads if t is not None]
-        wide = own if dh.dtype == torch.float32 else [t.new_empty(t.shape, dtype=torch.float32) for t in own]
-        _gate_gradients(gate[rows].float(), up[rows].float(), dh[rows].float(), act, *wide)
-        if wide is not own:
-            for narrow, each in zip(own, wide, strict=True):
-                narrow.copy_(each)

@@ -88,7 +88,7 @@ def hidden_pass(
 
     Args:
         z: what the first products gave, (M, H) each or (M, 2 H) where packed, rows contiguous; at z_scale.
-        dh: (M, H), contiguous. Its memory may be h's or, where z is not packed, the first of dzs.
+        dh: (M, H), contiguous. Its memory may be the first of dzs', where z is not packed.
         h: (M, H), contiguous; None is not wanted.
         dzs: none, or tensors of z's shapes whose rows are contiguous and equally far apart.
         maxima: raised to h's largest magnitudes, as linear_fp8 does (fp8_maxima.py).
