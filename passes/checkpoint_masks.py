@@ -79,7 +79,6 @@ class _Sinking:
         for outside, placeholder in zip(self.call.args[1:], list(self.placeholders), strict=True):
             if placeholder not in wanted or not isinstance(outside, fx.Node):
                 continue
-            placeholder.meta["requires_grad"] = needs_gradient(outside)
             if self.is_pure(outside):
                 self.sink(outside, placeholder)
         self.graph.lint()

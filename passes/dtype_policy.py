@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusekit.passes.canonicalise import require_gradient
+
 aten = torch.ops.aten
 
 
@@ -70,7 +72,7 @@ _OWN_DTYPE = {aten.cumsum, aten.log_softmax, aten.mean, aten.prod, aten.softmax,
 def policy_of(node: fx.Node, low: torch.dtype) -> Policy:
     """The policy of a call_function node."""
     name = getattr(node.target, "__name__", "")
-    if name in ("getitem", "require_gradient"):
+    if name == "getitem" or node.target is require_gradient:
         return Policy.MOVE
     if not isinstance(node.target, torch._ops.OpOverload):
         return Policy.FLOAT32

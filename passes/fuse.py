@@ -136,10 +136,10 @@ class _Fuser:
 
     def activates_apart(self, match: Match) -> bool:
         """Whether a layer leaves its activation: to gated_act, or to a pass of its own."""
-        recipe, levels = self.region.settings.recipe, self.region.settings.levels
-        if self.takes("gated_act") and joins_gate(match.root):
-            return True
-        return levels is None and recipe is not None and activation_pays_apart(match, recipe)
+        settings = self.region.settings
+        assert settings.recipe is not None
+        gates = self.takes("gated_act") and joins_gate(match.root)
+        return gates or (settings.levels is None and activation_pays_apart(match, settings.recipe))
 
     def apply_level(self, match: Match) -> str | None:
         """A layer at the level its plan gives it; in bf16 a watched one keeps a site of its own."""
