@@ -202,12 +202,8 @@ def _gated_act(gate, up=None, act="silu", up_first=False):  # type: ignore[no-un
 def _gated_mlp(
     x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, act="silu", up_first=False, tf32=False
 ):  # type: ignore[no-untyped-def]
-    if w_up is None:
-        gate, up = F.linear(x, w_gate, b_gate).chunk(2, -1)
-        gate, up = (up, gate) if up_first else (gate, up)
-    else:
-        gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
-    return F.linear(_ACTIVATIONS[act](gate) * up, w_down, b_down)
+    up = None if w_up is None else F.linear(x, w_up, b_up)
+    return F.linear(_gated_act(F.linear(x, w_gate, b_gate), up, act, up_first), w_down, b_down)
 
 
 def _qkv_linear(x, w_q, w_k, w_v, b_q=None, b_k=None, b_v=None, tf32=False):  # type: ignore[no-untyped-def]
