@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +11,11 @@ import torch
 import torch.nn.functional as F
 from fp8_checks import Blocks
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusekit
-from benchmarks.fp8_layers import LAYERS
-from benchmarks.results_file import RESULTS
 from fusekit.gpt import GPT, GPTConfig
 from fusekit.kernels.recipe import PRESETS, Recipe
-from fusekit.passes import cost
 from fusekit.passes.canonicalise import bodies
-from fusekit.passes.cost import why_fp8_does_not_pay
 from fusekit.session import session
 
 BF16 = torch.bfloat16
@@ -322,97 +316,3 @@ def test_precisions_that_do_not_exist_are_refused(precision: Any, words: str) ->
 def test_low_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="keeps float32 Parameters"):
         fusekit.optimize(nn.Linear(16, 16).bfloat16(), precision="fp8")
-
-
-@pytest.mark.parametrize(
-    ("M", "N", "K", "name", "pays"),
-    [
-        (64, 256, 256, "fp8-tensorwise", False),
-        (16384, 16384, 4096, "fp8-tensorwise", True),
-        (16384, 16384, 4096, "fp8-delayed", True),
-        (16384, 16384, 4096, "fp8-rowwise", True),
-        (
-            16384,
-            16384,
-            512,
-            "fp8-rowwise",
-            False,
-        ),  # too little for the library
-        (16384, 16384, 4096, "fp8-rowwise-bf16-wgrad", True),
-        (8192, 2048, 2048, "fp8-rowwise-bf16-wgrad", False),  # a third of it gains nothing
-        (16384, 16384, 4096, "fp8-block", False),  # the weight gradient by our kernel loses what others gain
-        (32768, 16384, 16384, "fp8-block", True),
-        (32768, 16384, 16400, "fp8-block", False),  # columns of grad_input that 128 does not divide
-        (16384, 16384, 4096, "mxfp8", False),
-    ],
-)
-def test_what_does_not_pay_on_an_h100_stays(
-    M: int, N: int, K: int, name: str, pays: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (h100,) = (device for device in cost.GPUS if device.name == "H100")
-    monkeypatch.setattr(cost, "GPU", h100)
-    with FakeTensorMode():
-        x = torch.empty(M, K, device="cuda", dtype=BF16)
-    reason = why_fp8_does_not_pay(M, N, K, x, PRESETS[name])
-    assert reason is None if pays else reason is not None and "as estimated" in reason
-    assert (
-        why_fp8_does_not_pay(M, N, K, torch.empty(1), PRESETS[name]) is None
-    )  # asked for on a CPU it is emulated
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "fp8-block"])  # by another kernel since
-def test_estimates_are_what_an_h100_took(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (h100,) = (device for device in cost.GPUS if device.name == "H100")
-    monkeypatch.setattr(cost, "GPU", h100)
-    cells = json.loads((RESULTS / "fp8_layers_h100.json").read_text())["cells"]
-    for M, K, N in LAYERS:
-        with FakeTensorMode():
-            x = torch.empty(M, K, device="cuda", dtype=BF16)
-        estimated = cost.fp8_seconds(M, N, K, x, PRESETS[name])
-        measured = [cells[f"{M}x{K}x{N} {what} forward+backward"]["seconds"] for what in ("bf16", name)]
-        assert estimated == pytest.approx(measured, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("M", "N", "K", "name", "apart"),
-    [
-        (8192, 16384, 4096, "fp8-tensorwise", True),
-        (8192, 16384, 4096, "fp8-delayed", True),
-        (8192, 4096, 1024, "fp8-tensorwise", False),  # the pass takes longer than the library saves
-        (8192, 16384, 512, "fp8-delayed", False),  # too little for the library
-        (8192, 16384, 4096, "mxfp8", False),  # which it does not compute
-    ],
-)
-def test_an_activation_is_left_where_the_library_is_that_much_faster(
-    M: int, N: int, K: int, name: str, apart: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (h100,) = (device for device in cost.GPUS if device.name == "H100")
-    monkeypatch.setattr(cost, "GPU", h100)
-    with FakeTensorMode():
-        x = torch.empty(M, K, device="cuda", dtype=BF16)
-    assert cost.fp8_activation_pays_apart(M, N, K, x, PRESETS[name]) is apart
-    assert not cost.fp8_activation_pays_apart(M, N, K, torch.empty(1), PRESETS[name])
-
-
-def _new_gelu(x: torch.Tensor) -> torch.Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-@pytest.mark.parametrize(("act", "left"), [(F.gelu, True), (torch.relu, True), (_new_gelu, False)])
-def test_only_an_activation_of_one_call_is_left(act, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight passes written out are not: an eager remainder would run them one by one."""
-
-    class Layers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down, self.out = nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 16)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(torch.sin(self.down(act(self.up(x)))))
-
-    monkeypatch.setattr(cost, "fp8_activation_pays_apart", lambda *_: True)
-    model = fusekit.optimize(Layers(), precision="fp8")
-    model(torch.randn(6, 32)).sum().backward()
-    rules = sorted(f.rule for f in fusekit.explain(model).fused if f.op == "linear_fp8")
-    assert (rules == ["FP8 linear", "FP8 linear"]) is left, rules
-    assert len(rules) == 2

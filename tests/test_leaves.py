@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from adapted import Adapted
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -15,19 +16,6 @@ import fusekit
 from fusekit.passes.canonicalise import require_gradient
 from fusekit.passes.leaves import find_leaves, split_leaves
 from fusekit.session import session
-
-
-class Adapted(nn.Module):
-    """A frozen layer with a low-rank update, as LoRA adapts one."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x)) * 2.0
 
 
 class Small(nn.Module):
@@ -120,3 +108,25 @@ def test_what_may_not_run_first_is_not_split() -> None:
     assert first is not None and not find_leaves(module)
     assert len(module.graph.find_nodes(op="placeholder")) == 2
     torch.testing.assert_close(module(x, *first(x)), x.sin().cos() * x)
+
+
+def test_two_calls_one_behind_the_other() -> None:
+    """As of two embeddings; results keep their order, and what they were made of is not computed again."""
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y.cos() * x.sin()
+
+    x, y = torch.randn(4), torch.randn(4)
+    module = make_fx(function, pre_dispatch=True, tracing_mode="fake")(x, y)
+    for node in [n for n in module.graph.nodes if n.op == "call_function" and len(n.all_input_nodes) == 1]:
+        with module.graph.inserting_after(node):
+            leaf = module.graph.call_function(require_gradient, (node,))
+        node.replace_all_uses_with(leaf, lambda user, leaf=leaf: user is not leaf)
+        leaf.meta = dict(node.meta)
+    module.recompile()
+    first = split_leaves(module)
+    assert first is not None
+    made = first(x, y)
+    assert all(t.is_leaf and t.requires_grad for t in made)
+    torch.testing.assert_close(module(x, y, *made), function(x, y))
+    assert len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted import Adapted
 from rule_checks import Functional, calls, capture, check, reasons, sites
 from torch import Tensor, nn
 
@@ -84,23 +85,12 @@ def test_halves_that_are_read_elsewhere_are_two_views() -> None:
     assert acts(regions) == [(True, "silu", False)]
 
 
-class Adapted(nn.Module):
-    """A frozen layer with a low-rank update, as LoRA adapts one."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.base = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
-        self.down, self.up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x)) * 2.0
-
-
 def test_adapted_layers() -> None:
     class SwiGLU(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate, self.up, self.down = Adapted(8, 12), Adapted(8, 12), Adapted(12, 8)
+            sizes = (8, 12), (8, 12), (12, 8)
+            self.gate, self.up, self.down = (Adapted(nn.Linear(*size)) for size in sizes)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.down(F.silu(self.gate(x)) * self.up(x))
